@@ -1,0 +1,86 @@
+"""Sizes, token counts and dtype names: parse what people type, print what people read.
+
+Binary (`GiB`) and decimal (`GB`) units are different things and are never mixed up; output is binary.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gqa.errors import GqaError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_BYTE_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": TIB,
+}
+_COUNT_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
+
+# Bytes per stored element of a cache or weight dtype.
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `80GB`, `512 MiB` -> bytes. A bare number is bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match and (match[2].upper() or "B")
+    if not match or unit not in _BYTE_UNITS:
+        raise GqaError(
+            "a size is not understood",
+            got=repr(text),
+            allowed="a number with B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)",
+            hint="for example 24GiB",
+        )
+    return round(float(match[1]) * _BYTE_UNITS[unit])
+
+
+def parse_tokens(text: str) -> int:
+    """`131072`, `128k`, `1M` -> tokens. `k` is 1024 and `M` is 1024**2, as model cards count contexts."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmM]?)\s*", text.replace("_", ""))
+    tokens = round(float(match[1]) * _COUNT_UNITS[match[2].upper()]) if match else 0
+    if tokens < 1:
+        raise GqaError(
+            "a token count is not understood",
+            got=repr(text),
+            allowed="a positive number, with k for 1024 or M for 1048576",
+            hint="for example 131072 or 128k",
+        )
+    return tokens
+
+
+def format_bytes(count: float) -> str:
+    """Bytes -> a short text in binary units: `40.0 GiB`, `320 KiB`."""
+    for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds -> `12.3 ms`, `45 s`, `3 min 20 s`."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def dtype_bytes(name: str) -> int:
+    """Bytes per element of a dtype name (`fp32`, `fp16`, `bf16`, `int8`)."""
+    if name not in DTYPE_BYTES:
+        raise GqaError("an unknown dtype", got=repr(name), allowed=", ".join(DTYPE_BYTES))
+    return DTYPE_BYTES[name]
