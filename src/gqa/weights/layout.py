@@ -44,6 +44,7 @@ class Layout:
 
     model_type: str
     rotary: str
+    embedding: str  # the tensor that turns token ids into the first hidden states
     layer: str
     modules: Mapping[str, str]  # role (q, k, v, o) -> module within the layer
     untouched: tuple[str, ...]
@@ -58,6 +59,11 @@ class Layout:
         """The tensor of a field of AttentionWeights: `k` -> `....k_proj.weight`, `k_bias` -> `....k_proj.bias`."""
         role, _, bias = field.partition("_")
         return f"{self.layer_prefix(layer)}{self.modules[role]}.{bias or 'weight'}"
+
+    @property
+    def attention_path(self) -> str:
+        """The attention module within a layer: `self_attn`."""
+        return self.modules["q"].rpartition(".")[0]
 
     def read_attention(self, checkpoint: Checkpoint, layer: int) -> AttentionWeights:
         """Read a layer's projections in the dtype they are stored in; only these tensors are in memory.
@@ -175,6 +181,7 @@ def _layouts() -> dict[str, Layout]:
             found[model_type] = Layout(
                 model_type=model_type,
                 rotary=attention["rotary"],
+                embedding=table["embedding"],
                 layer=attention["layer"],
                 modules={role[0]: attention[role] for role in ("query", "key", "value", "output")},
                 untouched=tuple(attention["untouched"]),

@@ -1,0 +1,139 @@
+"""Converts a checkpoint layer by layer; with calibration text, parent and child walk through it side by side.
+
+Every layer of the child is fitted on the child's own hidden states, so that it also makes up for what the layers
+before it have lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gqa.config import child_config, parse_config
+from gqa.convert import grouping, heads, refine
+from gqa.convert.calibrate import BATCH, Block, second_moment
+from gqa.convert.merge import METHODS
+from gqa.convert.recipe import Recipe
+from gqa.progress import Progress, silent
+from gqa.weights.layout import AttentionWeights, Layout
+from gqa.weights.reader import Checkpoint
+
+# Methods whose closed form is weighted by the calibration activations.
+_WEIGHTED = ("svd", "procrustes")
+
+
+class Engine:
+    """`convert(layer)` for every layer in order; `replay(layer, weights)` for those that a former run finished.
+
+    `windows` (N, T) are token ids of calibration text, or None for a data-free conversion.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        config: Mapping[str, Any],
+        recipe: Recipe,
+        windows: np.ndarray | None,
+        progress: Progress = silent,
+    ) -> None:
+        self.checkpoint, self.layout, self.recipe, self.progress = checkpoint, layout, recipe, progress
+        self.parent_config = dict(config)
+        self.child_config = child_config(config, recipe.kv_heads)
+        self.shapes = parse_config(config, layout.model_type).layers
+        self.hidden: tuple[Tensor, Tensor] | None = None  # before the next layer: the parent's, the child's
+        if windows is not None and (recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens):
+            embedding = checkpoint.read(layout.embedding)
+            # float64 checkpoints stay exact; everything else is calibrated in float32.
+            self.dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
+            embedded = torch.nn.functional.embedding(torch.from_numpy(np.asarray(windows)), embedding).to(self.dtype)
+            self.hidden = (embedded, embedded)
+
+    def convert(self, layer: int) -> tuple[AttentionWeights, dict[str, Any]]:
+        """The child's attention of this layer, and a report: the groups and, with calibration text, the relative mean
+        squared error of the attention's output in closed form and at the end."""
+        weights = self.layout.read_attention(self.checkpoint, layer)
+        parent = heads.split(weights, self.shapes[layer])
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + layer)
+        if self.hidden is None:
+            child, groups = self._merge(parent, None, generator)
+            return heads.join(child, weights), {"layer": layer, "groups": groups}
+
+        parent_hidden, child_hidden = self.hidden
+        block = self._block(layer, self.parent_config, weights)
+        targets = _attention_output(block, block.attention_input(parent_hidden))
+        inputs = block.attention_input(child_hidden)
+        moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
+        child, groups = self._merge(parent, moment, generator)
+        report: dict[str, Any] = {"layer": layer, "groups": groups}
+
+        student = self._block(layer, self.child_config, heads.join(child, weights))
+        if self.recipe.refit:
+            refine.refit(student, inputs, targets)
+        report["closed_form_error"] = report["output_error"] = refine.output_error(student, inputs, targets)
+        if self.recipe.refine_tokens:
+            some = slice(0, max(BATCH, self.recipe.refine_tokens // inputs.shape[1]))
+            refine.refine(
+                student,
+                inputs[some],
+                targets[some],
+                steps=self.recipe.refine_steps,
+                learning_rate=self.recipe.refine_learning_rate,
+                generator=generator,
+                progress=self.progress,
+                stage=f"refine layer {layer + 1}/{len(self.shapes)}",
+            )
+            refine.refit(student, inputs, targets)
+            report["output_error"] = refine.output_error(student, inputs, targets)
+        self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
+        return self._attention_of(student), report
+
+    def replay(self, layer: int, weights: AttentionWeights) -> None:
+        """Advance the calibration activations through a layer that is converted already."""
+        if self.hidden is not None:
+            parent_hidden, child_hidden = self.hidden
+            block = self._block(layer, self.parent_config, self.layout.read_attention(self.checkpoint, layer))
+            student = self._block(layer, self.child_config, weights)
+            self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
+
+    def _merge(
+        self, parent: heads.Heads, moment: Tensor | None, generator: torch.Generator
+    ) -> tuple[heads.Heads, grouping.Groups]:
+        if self.recipe.grouping == "search":
+            groups = grouping.search(parent, moment, self.recipe.kv_heads, generator)
+        else:
+            groups = grouping.contiguous(len(parent.k), self.recipe.kv_heads)
+        method = METHODS[self.recipe.method]
+        merged = [method(parent.select(group), moment, generator) for group in groups]
+        fields = ("q", "k", "v", "o")
+        return heads.Heads(*(torch.cat([getattr(one, field) for one in merged]) for field in fields)), groups
+
+    def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
+        prefix = self.layout.layer_prefix(layer)
+        tensors = {n.removeprefix(prefix): self.checkpoint.read(n) for n in self.checkpoint.names if n.startswith(prefix)}
+        attention_tensors = self.layout.attention_tensors(layer, attention)
+        tensors |= {n.removeprefix(prefix): tensor for n, tensor in attention_tensors.items()}
+        return Block(
+            config,
+            layer,
+            tensors,
+            layer_path=self.layout.layer_prefix(0).rstrip("."),
+            attention_path=self.layout.attention_path,
+            output_path=self.layout.modules["o"],
+            dtype=self.dtype,
+        )
+
+    def _attention_of(self, block: Block) -> AttentionWeights:
+        projections = {role: block.block.get_submodule(path) for role, path in self.layout.modules.items()}
+        weights = {role: module.weight for role, module in projections.items()}
+        biases = {f"{role}_bias": module.bias for role, module in projections.items()}
+        return AttentionWeights(**{name: None if t is None else t.detach() for name, t in (weights | biases).items()})
+
+
+@torch.no_grad()
+def _attention_output(block: Block, inputs: Tensor) -> Tensor:
+    return torch.cat([block.attend(batch) for batch in inputs.split(BATCH)])

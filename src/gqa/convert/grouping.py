@@ -1,0 +1,76 @@
+"""Which KV heads share: balanced partitions of the parent's KV heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gqa.convert.heads import Heads
+from gqa.convert.merge import key_gram, query_energy, value_gram, value_paths
+
+Groups = list[list[int]]
+
+
+def contiguous(kv_heads: int, groups: int) -> Groups:
+    """Neighbours share, as in the published recipe (Ainslie et al. 2023, arXiv 2305.13245)."""
+    r = kv_heads // groups
+    return [list(range(start, start + r)) for start in range(0, kv_heads, r)]
+
+
+def search(heads: Heads, moment: Tensor | None, groups: int, generator: torch.Generator, restarts: int = 20) -> Groups:
+    """The balanced partition with the least energy lost by pairs that share, found by swaps from several starts.
+
+    The loss of a pair is what the `svd` method loses when just these two heads merge, as a share of the layer's
+    whole energy, keys and values weighing the same. The first start is the contiguous partition, so that the result
+    is never worse than that.
+    """
+    H = len(heads.k)
+    if groups in (1, H):
+        return contiguous(H, groups)
+    losses = pair_losses(heads, moment)
+    best, best_loss = contiguous(H, groups), float("inf")
+    for start in range(restarts):
+        order = torch.arange(H) if start == 0 else torch.randperm(H, generator=generator)
+        labels, loss = _descend(losses, order // (H // groups))
+        if loss < best_loss - 1e-15:
+            best_loss = loss
+            best = [torch.nonzero(labels == label).flatten().tolist() for label in range(groups)]
+    return sorted(best)
+
+
+def pair_losses(heads: Heads, moment: Tensor | None) -> Tensor:
+    """(H, H): the share of the layer's energy lost when heads i and j share one KV head; zero on the diagonal."""
+    keys = key_gram(heads.k, query_energy(heads.q, moment), moment)  # (F, H, H)
+    power = keys.diagonal(dim1=1, dim2=2).real  # (F, H)
+    middle = (power[:, :, None] + power[:, None, :]) / 2
+    spread = ((power[:, :, None] - power[:, None, :]) / 2).square() + keys.abs().square()
+    lost_keys = (middle - spread.sqrt()).clamp_min(0).sum(0)  # the smaller eigenvalue of each 2 x 2 block
+
+    gram = value_gram(value_paths(heads)[0], moment)
+    H, Dv = gram.shape[:2]
+    lost_values = torch.zeros(H, H, dtype=gram.dtype)
+    for i in range(H):
+        for j in range(i + 1, H):
+            block = gram[[i, j]][:, :, [i, j]].reshape(2 * Dv, 2 * Dv)
+            lost = torch.linalg.eigvalsh(block)[:Dv].clamp_min(0).sum()
+            lost_values[i, j] = lost_values[j, i] = lost
+    total_values = gram.reshape(H * Dv, H * Dv).trace()
+    losses = lost_keys / power.sum() + lost_values / total_values
+    return losses.fill_diagonal_(0)
+
+
+def _descend(losses: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Take the best swap of two heads of different groups until none helps."""
+    labels = labels.clone()
+    while True:
+        member = torch.nn.functional.one_hot(labels).to(losses.dtype)  # (H, groups)
+        to_group = losses @ member  # loss of head i with every member of a group
+        own = to_group.gather(1, labels[:, None])  # (H, 1)
+        cross = to_group[:, labels]  # [i, j]: i with the group of j
+        gain = own + own.T - cross - cross.T + 2 * losses
+        gain[labels[:, None] == labels[None, :]] = 0
+        flat = int(gain.argmax())
+        i, j = divmod(flat, len(labels))
+        if gain[i, j] <= 1e-12 * losses.max():
+            return labels, float((own.sum() / 2).item())
+        labels[i], labels[j] = labels[j].clone(), labels[i].clone()
