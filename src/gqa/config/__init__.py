@@ -1,0 +1,28 @@
+"""Model shapes: the only place that knows Hugging Face's config keys.
+
+`parse_config` turns a config.json into a frozen `ModelShape`; `child_config` edits one for fewer KV heads.
+"""
+
+from gqa.config.child import child_config
+from gqa.config.parse import parse_config
+from gqa.config.shape import (
+    Details,
+    Experts,
+    Latent,
+    LayerShape,
+    ModelShape,
+    check_kv_heads,
+    kv_head_choices,
+)
+
+__all__ = [
+    "Details",
+    "Experts",
+    "Latent",
+    "LayerShape",
+    "ModelShape",
+    "check_kv_heads",
+    "child_config",
+    "kv_head_choices",
+    "parse_config",
+]

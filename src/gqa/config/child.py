@@ -1,0 +1,57 @@
+"""The config.json of a converted model: the parent's, edited where fewer KV heads show."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from gqa.config.parse import DTYPE, KV_HEADS, parse_config, text_part
+from gqa.config.shape import check_kv_heads
+
+# The rotary key of transformers 5, and per layer kind where the kinds differ.
+_ROPE = "rope_parameters"
+_ROPE_OF_KIND = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+
+
+def child_config(config: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
+    """A deep copy of a raw config.json with `kv_heads` KV heads.
+
+    Beside transformers 5's nested spelling it carries the older one (`rope_theta`, `rope_scaling`, `torch_dtype`)
+    and an explicit `head_dim`: older consumers that miss those take defaults in silence (vLLM issue 42624).
+    All other keys stay as they are; a multimodal config is edited inside its text_config.
+    Raises GqaError like parse_config and check_kv_heads.
+    """
+    shape = parse_config(config, "the model")
+    check_kv_heads(shape, kv_heads)
+    child = copy.deepcopy(dict(config))
+    part = text_part(child)
+    assert isinstance(part, dict)  # a deep copy of JSON
+    spelled = [key for key in KV_HEADS if part.get(key) is not None] or [KV_HEADS[0]]
+    part.update(dict.fromkeys(spelled, kv_heads))
+    part["head_dim"] = shape.head_dim
+    _add_legacy_rope(part)
+    for level in (child, part):
+        new, old = DTYPE
+        if level.get(new) is not None:
+            level.setdefault(old, level[new])
+    return child
+
+
+def _add_legacy_rope(part: dict[str, Any]) -> None:
+    rope = part.get(_ROPE)
+    if not isinstance(rope, dict):
+        return
+    if any(kind in rope for kind in _ROPE_OF_KIND):
+        of_kind = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
+        for kind, key in _ROPE_OF_KIND.items():
+            if of_kind.get(kind, {}).get("rope_theta") is not None:
+                part.setdefault(key, of_kind[kind]["rope_theta"])
+        rope = of_kind.get("full_attention", {})
+    else:
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if rope.get(key) is not None:
+                part.setdefault(key, rope[key])
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        part.setdefault("rope_scaling", scaling)

@@ -1,0 +1,1 @@
+"""Pure arithmetic on model shapes: bytes, parameters, FLOPs, bounds. No torch."""
