@@ -45,7 +45,15 @@ class Recipe:
         for name, choices in (("method", METHODS), ("grouping", GROUPINGS)):
             if getattr(self, name) not in choices:
                 raise GqaError(f"an unknown {name}", got=repr(getattr(self, name)), allowed=", ".join(choices))
-        lowest = {"kv_heads": 1, "refine_tokens": 0, "refine_steps": 1, "refine_steps": 1, "calibration_tokens": 0, "window": 2, "seed": 0}
+        lowest = {
+            "kv_heads": 1,
+            "refine_tokens": 0,
+            "refine_steps": 1,
+            "refine_steps": 1,
+            "calibration_tokens": 0,
+            "window": 2,
+            "seed": 0,
+        }
         for name, low in lowest.items():
             value = getattr(self, name)
             if type(value) is not int or value < low:

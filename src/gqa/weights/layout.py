@@ -10,15 +10,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import torch
 
+from gqa.config import ModelShape
 from gqa.errors import GqaError
 from gqa.weights.reader import Checkpoint
-
-if TYPE_CHECKING:
-    from gqa.config import ModelShape
 
 # Arithmetic on anything else (integers, fp8 codes) would not be a conversion.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

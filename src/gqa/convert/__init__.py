@@ -1,0 +1,1 @@
+"""Conversion: a checkpoint in, a checkpoint with fewer KV heads out."""
