@@ -17,24 +17,26 @@ def random_heads(r, G, D, Dv, d, E, seed=0):
     return Heads(draw(r, G, D, E), draw(r, D, E), draw(r, Dv, E), draw(r, G, d, Dv))
 
 
+def scramble(heads: Heads, generator: torch.Generator) -> Heads:
+    """Turn every head by maps that leave what it computes alone: a phase per rotary pair, an orthogonal map of V."""
+    H, D, Dv = len(heads.k), heads.k.shape[1], heads.v.shape[1]
+    angle = torch.rand(H, D // 2, generator=generator, dtype=torch.float64) * 6.28
+    phase = torch.polar(torch.ones_like(angle), angle)[..., None]
+    turn, _ = torch.linalg.qr(torch.randn(H, Dv, Dv, generator=generator, dtype=torch.float64))
+    return Heads(
+        q=from_pairs(phase[:, None] * to_pairs(heads.q)),
+        k=from_pairs(phase * to_pairs(heads.k)),
+        v=turn @ heads.v,
+        o=heads.o @ turn.mT[:, None],
+    )
+
+
 def scrambled_copies(one: Heads, r: int, seed=0) -> Heads:
-    """r copies of one KV head (each with its own query heads), each turned by maps that leave its function alone."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    copies = []
-    for i in range(r):
-        own = random_heads(1, one.q.shape[1], one.q.shape[2], one.v.shape[1], one.o.shape[2], one.q.shape[3], seed=100 + i)
-        angle = torch.rand(one.k.shape[1] // 2, generator=generator, dtype=torch.float64) * 6.28
-        phase = torch.polar(torch.ones_like(angle), angle)
-        turn, _ = torch.linalg.qr(torch.randn(*one.v.shape[1:2] * 2, generator=generator, dtype=torch.float64))
-        copies.append(
-            Heads(
-                q=from_pairs(phase[:, None] * to_pairs(own.q)),
-                k=from_pairs(phase[:, None] * to_pairs(one.k)),
-                v=turn @ one.v,
-                o=own.o @ turn.T,
-            )
-        )
-    return Heads(*(torch.cat([getattr(c, field) for c in copies]) for field in ("q", "k", "v", "o")))
+    """r scrambled copies of one KV head, each read by query heads of its own."""
+    G, D, Dv, d, E = *one.q.shape[1:3], one.v.shape[1], one.o.shape[2], one.q.shape[3]
+    own = random_heads(r, G, D, Dv, d, E, seed=seed + 100)
+    copies = Heads(own.q, one.k.expand(r, -1, -1), one.v.expand(r, -1, -1), own.o)
+    return scramble(copies, torch.Generator().manual_seed(seed + 1))
 
 
 def scores(heads: Heads, x):
