@@ -35,8 +35,7 @@ class Source:
 
 def open_source(model: str) -> Source:
     """The config of MODEL; of a hub model nothing else is fetched. Raises GqaError if there is none to read."""
-    path = Path(model).expanduser()
-    if _exists(path):
+    if path := _existing_path(model):
         return _open_path(path)
     bundled = {_plain(name): row for name, row in _bundled_rows().items()}
     if row := bundled.get(_plain(model)):
@@ -49,8 +48,7 @@ def open_source(model: str) -> Source:
 def open_checkpoint(model: str) -> Source:
     """MODEL with its weights and tokenizer at hand: `folder` is never None. A hub model is downloaded once, into
     huggingface_hub's own cache. Raises GqaError like open_source, and for a bundled shape, which has no weights."""
-    path = Path(model).expanduser()
-    if not _exists(path) and not _looks_like_a_path(model) and _HUB_ID.fullmatch(model):
+    if not _existing_path(model) and not _looks_like_a_path(model) and _HUB_ID.fullmatch(model):
         return _open_folder(_download(model, CHECKPOINT_FILES), name=model)
     source = open_source(model)
     if source.folder is None:
@@ -99,7 +97,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _bundled_rows() -> dict[str, dict[str, str]]:
-    text = importlib.resources.files("gqa.data").joinpath("models.csv").read_text("utf-8")
+    text = importlib.resources.files("gqa").joinpath("data", "models.csv").read_text("utf-8")
     return {row["name"]: row for row in csv.DictReader(text.splitlines())}
 
 
@@ -143,18 +141,21 @@ def _unknown(model: str) -> GqaError:
         "an unknown model",
         got=repr(model),
         allowed="a model folder, a config.json, a hub id such as meta-llama/Llama-3.1-8B, or a bundled shape",
-        hint=f"bundled shapes like it: {', '.join(by_plain[name] for name in close)}" if close else None,
+        hint=f"shapes like it: {', '.join(by_plain[name] for name in close)}"
+        if close
+        else "gqa plan --models lists them",
     )
 
 
 # ---- paths and the hub
 
 
-def _exists(path: Path) -> bool:
+def _existing_path(model: str) -> Path | None:
     try:
-        return path.exists()
-    except (OSError, ValueError):  # too long a name, a NUL byte
-        return False
+        path = Path(model).expanduser()
+        return path if model.strip() and path.exists() else None  # Path("") would be the current folder
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL byte, no such home
+        return None
 
 
 def _looks_like_a_path(model: str) -> bool:
@@ -163,7 +164,6 @@ def _looks_like_a_path(model: str) -> bool:
 
 def _download(model: str, patterns: tuple[str, ...]) -> Path:
     """The local snapshot of a hub repository with the files that match."""
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = model.partition("@")
@@ -176,9 +176,10 @@ def _download(model: str, patterns: tuple[str, ...]) -> Path:
             got=f"{model}: {_first_line(error)}",
             hint="check the id, or log in with `hf auth login` and accept the model's licence",
         ) from None
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    # HTTPError: the base class of whichever HTTP library this huggingface_hub uses.
+    except (OSError, ValueError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise GqaError(
-            "the model hub cannot be reached, and the model is not in the local cache",
+            "no such folder here, and the model hub cannot be reached",
             got=f"{model}: {_first_line(error)}",
             allowed="a hub id with network, a model folder, a config.json or a bundled shape",
             hint=_hint_of_bundled(repository),

@@ -73,7 +73,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 @functools.cache
 def model_types() -> dict[str, dict[str, Any]]:
     """The table of data/model_types.toml."""
-    return tomllib.loads(importlib.resources.files("gqa.data").joinpath("model_types.toml").read_text("utf-8"))
+    return tomllib.loads(importlib.resources.files("gqa").joinpath("data", "model_types.toml").read_text("utf-8"))
 
 
 class _Parser:

@@ -1,0 +1,79 @@
+"""Devices that `gqa plan` knows: memory, bandwidth and peak rate, each with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.resources
+import re
+import tomllib
+
+from gqa.errors import GqaError
+from gqa.units import MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    memory_bytes:               what can be allocated, in bytes
+    memory_basis:               where that figure comes from, as a phrase for the reader
+    bandwidth_bytes_per_second: of the device memory, by datasheet
+    flops_per_second:           dense matrix multiply in `flops_dtype`, without sparsity
+    sources:                    figure -> source, for memory, bandwidth and flops
+    """
+
+    name: str
+    memory_bytes: int
+    memory_basis: str
+    bandwidth_bytes_per_second: float
+    flops_per_second: float
+    flops_dtype: str
+    sources: dict[str, str]
+
+
+def find_device(name: str) -> Device:
+    """The device of that name, whatever its case, spaces and dashes. Raises GqaError with the closest names."""
+    by_plain = {_plain(device.name): device for device in devices().values()}
+    wanted = _plain(name)
+    if wanted in by_plain:
+        return by_plain[wanted]
+    starting = [plain for plain in by_plain if wanted and plain.startswith(wanted)]
+    close = starting or difflib.get_close_matches(wanted, by_plain, n=3, cutoff=0.5)
+    raise GqaError(
+        "an unknown device",
+        got=repr(name),
+        allowed=", ".join(devices()),
+        hint=f'--device "{by_plain[close[0]].name}"' if close else None,
+    )
+
+
+@functools.cache
+def devices() -> dict[str, Device]:
+    """Every device of data/hardware.toml by its name."""
+    text = importlib.resources.files("gqa").joinpath("data", "hardware.toml").read_text("utf-8")
+    return {row["name"]: _device(row) for row in tomllib.loads(text)["device"]}
+
+
+def _device(row: dict) -> Device:
+    memory, bandwidth, dense = row["memory"], row["bandwidth"], row["dense"]
+    if "reported_mib" in memory:
+        memory_bytes = memory["reported_mib"] * MIB
+        basis = f"{memory['reported_mib']} MiB, as the driver reports"
+    else:
+        memory_bytes = memory["vendor_gb"] * 10**9
+        basis = f"{memory['vendor_gb']} GB, the vendor's decimal figure"
+    return Device(
+        name=row["name"],
+        memory_bytes=memory_bytes,
+        memory_basis=basis,
+        bandwidth_bytes_per_second=bandwidth["gb_s"] * 1e9,
+        flops_per_second=dense["tflops"] * 1e12,
+        flops_dtype=dense["dtype"],
+        sources={"memory": memory["source"], "bandwidth": bandwidth["source"], "flops": dense["source"]},
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower().removeprefix("nvidia").removeprefix("geforce")
