@@ -205,10 +205,11 @@ def _resolve(
         q, k, v, softcap=softcap, mask=mask, sinks=sinks, block_table=block_table, k_scale=k_scale,
         return_lse=return_lse,
     )  # fmt: skip
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(impl, refusal)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if isinstance(q_start, torch.Tensor):
-        return _choose(impl, refusal), 0, q_start, scale
-    return _choose(impl, refusal), key_tokens - q.shape[2] if q_start is None else q_start, None, scale
+        return chosen, 0, q_start, factor
+    return chosen, key_tokens - q.shape[2] if q_start is None else q_start, None, factor
 
 
 def _choose(impl: str, sdpa_refusal: str | None) -> str:
