@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,14 @@ from gqa.weights.reader import Checkpoint
 
 # Arithmetic on anything else (integers, fp8 codes) would not be a conversion.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class TensorSource(Protocol):
+    """What tensors are read from: a Checkpoint, or several files seen as one."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Layout:
         """The attention module within a layer: `self_attn`."""
         return self.modules["q"].rpartition(".")[0]
 
-    def read_attention(self, checkpoint: Checkpoint, layer: int) -> AttentionWeights:
+    def read_attention(self, checkpoint: TensorSource, layer: int) -> AttentionWeights:
         """Read a layer's projections in the dtype they are stored in; only these tensors are in memory.
 
         Raises GqaError for a missing tensor, one that is not floating point, and NaN or infinite values.

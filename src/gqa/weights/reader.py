@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,28 +98,14 @@ class Checkpoint:
         return TORCH_DTYPES[self.entry(name).dtype]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype it is stored in, on the CPU, in memory of its own.
-
-        Plain reads rather than a mapping of the file: only these bytes ever count as this process's memory, and
-        a file that shrinks under way is an error instead of a crash.
-        """
-        entry = self.entry(name)
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        with self._shard_of[name].path.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            position = 0
-            while position < entry.nbytes:
-                count = stream.readinto(view[position:])
-                if not count:
-                    raise _changed(self._shard_of[name])
-                position += count
-        return buffer.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        """One tensor in the dtype it is stored in, on the CPU, in memory of its own."""
+        self.entry(name)
+        return read_tensor(self._shard_of[name], name)
 
     def copy_bytes(self, name: str, target: BinaryIO) -> None:
         """Append a tensor's bytes, as they lie in the file, to an open binary file."""
-        for chunk in self._chunks(name):
-            target.write(chunk)
+        self.entry(name)
+        copy_tensor(self._shard_of[name], name, target)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another one: per shard its size, its header and a sample of every
@@ -137,19 +123,6 @@ class Checkpoint:
         """Per shard the time of its last change in ns, which also tells a change that no sample hits."""
         return {shard.name: shard.path.stat().st_mtime_ns for shard in self.shards}
 
-    def _chunks(self, name: str) -> Iterator[memoryview]:
-        entry, shard = self.entry(name), self._shard_of[name]
-        buffer = memoryview(bytearray(min(_CHUNK_BYTES, entry.nbytes)))
-        with shard.path.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            left = entry.nbytes
-            while left:
-                count = stream.readinto(buffer[: min(left, _CHUNK_BYTES)])
-                if not count:
-                    raise _changed(shard)
-                yield buffer[:count]
-                left -= count
-
     @staticmethod
     def _sample(shard: Shard) -> str:
         digest = hashlib.sha256()
@@ -159,6 +132,41 @@ class Checkpoint:
                     stream.seek(entry.start + offset)
                     digest.update(stream.read(min(_SAMPLE_BYTES, entry.nbytes - offset)))
         return digest.hexdigest()
+
+
+def read_tensor(shard: Shard, name: str) -> torch.Tensor:
+    """Read one tensor of a file.
+
+    Plain reads rather than a mapping of the file: only these bytes ever count as this process's memory, and a file
+    that shrinks under way is an error instead of a crash.
+    """
+    entry = shard.tensors[name]
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, position = buffer.numpy().data, 0
+    with shard.path.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while position < entry.nbytes:
+            position += _fill(stream, view[position:], shard)
+    return buffer.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def copy_tensor(shard: Shard, name: str, target: BinaryIO) -> None:
+    """Append one tensor's bytes to an open binary file, a few MiB at a time."""
+    entry = shard.tensors[name]
+    buffer, left = memoryview(bytearray(min(_CHUNK_BYTES, entry.nbytes))), entry.nbytes
+    with shard.path.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while left:
+            count = _fill(stream, buffer[:left], shard)
+            target.write(buffer[:count])
+            left -= count
+
+
+def _fill(stream: RawIOBase, buffer: memoryview, shard: Shard) -> int:
+    count = stream.readinto(buffer)
+    if not count:
+        raise GqaError(f"{shard.name} changed while it was read", got="fewer bytes than before", hint="run again")
+    return count
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -214,7 +222,3 @@ def _refuse_quantised(folder: Path) -> None:
             allowed="fp32, fp16 or bf16 weights",
             hint="take the checkpoint it was made from, and quantise afterwards",
         )
-
-
-def _changed(shard: Shard) -> GqaError:
-    return GqaError(f"{shard.name} changed while it was read", got="fewer bytes than before", hint="run again")

@@ -1,0 +1,215 @@
+"""One conversion worked out before it begins: what is read, what is written, and the room that takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gqa.config import ModelShape, child_config, kv_head_choices, parse_config
+from gqa.convert.recipe import Recipe
+from gqa.errors import GqaError
+from gqa.source import Source
+from gqa.weights.header import TensorEntry
+from gqa.weights.layout import Layout, load_layout
+from gqa.weights.reader import Checkpoint
+from gqa.weights.writer import file_bytes, in_file_order
+
+# float64, in which the closed forms calculate.
+_WORK_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked conversion. `changes` maps a layer to the tensors that may differ from the parent's; `shards` maps a
+    file of the result to its tensors, in the order of their bytes."""
+
+    source: Source
+    recipe: Recipe
+    checkpoint: Checkpoint
+    layout: Layout
+    parent: ModelShape
+    child: ModelShape
+    config: Mapping[str, Any]  # config.json of the result
+    changes: Mapping[int, tuple[TensorEntry, ...]]
+    shards: Mapping[str, tuple[TensorEntry, ...]]
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def identity(self) -> bool:
+        """The parent has that many KV heads already: every tensor is copied."""
+        return not self.changes
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        """What the header of a file says beside its tensors; transformers wants the format told."""
+        parent = next(one for one in self.checkpoint.shards if one.name == shard)
+        return {**parent.metadata, "format": "pt"}
+
+    def shard_bytes(self, shard: str) -> int:
+        return file_bytes(self.shards[shard], self.metadata(shard))
+
+    def work_bytes(self, layer: int) -> int:
+        """Upper bound of a layer's file in the work folder."""
+        return file_bytes(self.changes[layer], {})
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(map(self.shard_bytes, self.shards))
+
+    @property
+    def peak_disk_bytes(self) -> int:
+        """The most that lies on the disk at one time: a layer's file goes once the shards it feeds are complete."""
+        waiting = {layer: {entry.name for entry in entries} for layer, entries in self.changes.items()}
+        files = sum(map(self.work_bytes, waiting))
+        peak = done = 0
+        for shard, entries in self.shards.items():
+            done += self.shard_bytes(shard)
+            peak = max(peak, done + files)
+            for layer in list(waiting):
+                waiting[layer] -= {entry.name for entry in entries}
+                if not waiting[layer]:
+                    del waiting[layer]
+                    files -= self.work_bytes(layer)
+        return peak
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """An estimate, beside the 0.4 GiB that Python and torch take themselves.
+
+        Without calibration: one attention in float64, parent's and child's, and as much again for what the closed
+        forms make of it. With it: also a whole block of parent and child in float32, the hidden states of both and
+        one attention input and target for every token, and the covariance with its roots. Refining adds gradients and
+        two moments of Adam for one attention.
+        """
+        attention = max((sum(_numbers(e) for e in self._attention(layer)) for layer in self.changes), default=0)
+        peak = 4 * attention * _WORK_BYTES
+        if self.recipe.windows:
+            hidden = self.parent.hidden
+            prefix = self.layout.layer_prefix(0)
+            block = sum(_numbers(self.checkpoint.entry(n)) for n in self.checkpoint.names if n.startswith(prefix))
+            tokens = self.recipe.windows * self.recipe.window
+            peak += 2 * block * 4 + 6 * tokens * hidden * 4 + 4 * hidden * hidden * _WORK_BYTES
+        if self.recipe.refine_tokens:
+            peak += 3 * attention * 4
+        return peak
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as data, for `--dry-run`."""
+        recipe = self.recipe
+        steps = [] if self.identity else self._steps()
+        return {
+            "model": self.source.name,
+            "layers": [
+                {
+                    "layer": layer,
+                    "kv_heads_parent": self.parent.layers[layer].kv_heads,
+                    "kv_heads": self.child.layers[layer].kv_heads,
+                    "steps": steps,
+                    "bytes_read": sum(entry.nbytes for entry in self._attention(layer)),
+                    "bytes_written": sum(entry.nbytes for entry in entries),
+                    "tensors": [entry.name for entry in entries],
+                }
+                for layer, entries in self.changes.items()
+            ],
+            "tensors": len(self.checkpoint.names),
+            "tensors_copied": len(self.checkpoint.names) - sum(map(len, self.changes.values())),
+            "bytes_parent": self.checkpoint.nbytes,
+            "bytes": self.output_bytes,
+            "free_space_needed_bytes": self.peak_disk_bytes,
+            "peak_memory_bytes_estimate": self.peak_memory_bytes,
+            "shards": {shard: self.shard_bytes(shard) for shard in self.shards},
+            "recipe": recipe.to_dict(),
+        }
+
+    def identify(self, windows: Any) -> dict[str, Any]:
+        """What decides the result: the recipe, the parent's files and the calibration text."""
+        config = json.dumps(self.source.config, sort_keys=True)
+        return {
+            "recipe": self.recipe.to_dict(),
+            "source": {"config_sha256": _sha256(config.encode()), "shards": self.checkpoint.fingerprint()},
+            "calibration": None
+            if windows is None
+            else {"windows": list(windows.shape), "sha256": _sha256(windows.tobytes())},
+        }
+
+    def _attention(self, layer: int) -> list[TensorEntry]:
+        names = self.layout.attention_shapes(self.parent, layer)
+        return [self.checkpoint.entry(name) for name in names if name in self.checkpoint]
+
+    def _steps(self) -> list[str]:
+        recipe = self.recipe
+        steps = [f"group heads ({recipe.grouping})", f"merge ({recipe.method})"]
+        if recipe.refit or recipe.refine_tokens:
+            steps.append("refit W_o")
+        if recipe.refine_tokens:
+            steps.insert(2, f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps")
+        return steps
+
+
+def plan_conversion(source: Source, recipe: Recipe) -> Job:
+    """Check everything that can be checked without touching a weight, and work out the conversion.
+
+    Raises GqaError for a configuration, checkpoint or recipe that cannot be converted. Writes nothing.
+    """
+    assert source.folder is not None, "a source with weights: open_checkpoint"
+    parent = parse_config(source.config, source.name)
+    layout = load_layout(parent.model_type)
+    _check_kv_heads(parent, recipe.kv_heads)
+    checkpoint = Checkpoint(source.folder)
+    layout.check(checkpoint, parent)
+
+    config = child_config(source.config, recipe.kv_heads)
+    # Remote code is never copied, and a folder that names it would ask for it.
+    config.pop("auto_map", None)
+    child = parse_config(config, source.name)
+    changes: dict[int, tuple[TensorEntry, ...]] = {}
+    if recipe.kv_heads != parent.kv_heads:
+        fields = {"k", "v", "k_bias", "v_bias"}
+        fields |= set() if recipe.baseline else {"q", "o", "q_bias", "o_bias"}
+        for layer in range(len(child.layers)):
+            shapes = layout.attention_shapes(child, layer)
+            names = [layout.tensor_name(layer, field) for field in sorted(fields)]
+            changes[layer] = tuple(
+                replace(checkpoint.entry(name), shape=shapes[name]) for name in names if name in checkpoint
+            )
+    changed = {entry.name: entry for entries in changes.values() for entry in entries}
+    shards = {
+        shard.name: tuple(in_file_order(changed.get(name, entry) for name, entry in shard.tensors.items()))
+        for shard in checkpoint.shards
+    }
+    return Job(source, recipe, checkpoint, layout, parent, child, config, changes, shards)
+
+
+def _check_kv_heads(parent: ModelShape, kv_heads: int) -> None:
+    """Heads are merged, never made: the parent's KV heads bound the dial, also where they are grouped already."""
+    have, queries = parent.kv_heads, parent.query_heads
+    choices = kv_head_choices(have)
+    if kv_heads in choices:
+        return
+    if kv_heads > have:
+        what = f"{kv_heads} KV heads are more than the {have} there are"
+    elif queries % kv_heads:
+        what = f"{kv_heads} KV heads do not divide {queries} query heads"
+    else:
+        what = f"{kv_heads} KV heads do not divide the {have} there are"
+    nearest = min(choices, key=lambda choice: abs(choice - kv_heads))
+    raise GqaError(
+        what,
+        allowed=", ".join(map(str, choices)),
+        hint=f"gqa convert <the same arguments> --kv-heads {nearest}",
+    )
+
+
+def _numbers(entry: TensorEntry) -> int:
+    return math.prod(entry.shape)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

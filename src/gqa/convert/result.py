@@ -1,0 +1,144 @@
+"""What a result holds beside its tensors, and whether a folder is the result that it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gqa.config import ModelShape
+from gqa.convert.card import approximations, model_card
+from gqa.convert.job import Job
+from gqa.errors import GqaError
+from gqa.record import describe_versions, write_text_atomic
+from gqa.weights.header import DTYPE_BYTES, TensorEntry
+from gqa.weights.reader import INDEX, Checkpoint
+from gqa.weights.writer import write_index
+
+REPORT = "gqa-conversion.json"
+_FORMAT = 1
+
+# Beside the weights only what describes a model travels: no pickle, no code, no other format's weights.
+_SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".spm", ".vocab", ".bpe")
+_SMALL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# Made anew, or about something that the result is not: other weights' indexes, adapters, a state of training.
+_LEFT_OUT = (
+    "config.json",
+    REPORT,
+    "*.index.json",
+    "adapter_*",
+    "trainer_state.json",
+    "training_args*",
+    "*_results.json",
+)
+_TEMPLATES = "additional_chat_templates"
+_PARENT_CARD = "README.parent.md"
+# Room for config, card, tokenizer and journal when space is checked.
+_SMALL_BYTES = 1 << 20
+
+
+def copy_small_files(folder: Path, result: Path) -> None:
+    """Copy what describes the parent beside its weights; its card gives way to ours, under another name."""
+    for path in _small_files(folder):
+        relative = path.relative_to(folder)
+        target = result / (_PARENT_CARD if relative.name == "README.md" else relative)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        with target.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """What describes the model beside its weights: tokenizer, generation settings, chat templates, licence, card."""
+    found = [path for path in folder.iterdir() if _is_small_file(path)]
+    return sorted([*found, *folder.glob(f"{_TEMPLATES}/*.jinja")])
+
+
+def _is_small_file(path: Path) -> bool:
+    wanted = path.suffix in _SMALL_SUFFIXES or path.name.upper().startswith(_SMALL_NAMES)
+    hidden = path.name.startswith(".")
+    return wanted and not hidden and path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT)
+
+
+def describe(
+    job: Job, layers: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], texts: Sequence[str]
+) -> dict[str, Any]:
+    """The report: sizes before and after, and per layer what was done and lost.
+
+    Nothing in it depends on when, how fast or with how many interruptions the work was done, so that the same
+    conversion gives the same bytes.
+    """
+    key = job.checkpoint.entry(job.layout.tensor_name(0, "k"))
+    calibration = identity["calibration"]
+    return {
+        "model": job.source.name,
+        "query_heads": job.parent.query_heads,
+        "kv_heads_parent": job.parent.kv_heads,
+        "kv_heads": job.child.kv_heads,
+        "recipe": job.recipe.to_dict(),
+        "calibration": calibration and {**calibration, "texts": [Path(text).name for text in texts]},
+        "tensors": len(job.checkpoint.names),
+        "tensors_changed": sum(layer["tensors_changed"] for layer in layers),
+        "bytes_parent": job.checkpoint.nbytes,
+        "bytes": job.output_bytes,
+        "kv_dtype": key.dtype,
+        "kv_bytes_per_token_parent": _kv_bytes_per_token(job.parent, key),
+        "kv_bytes_per_token": _kv_bytes_per_token(job.child, key),
+        "layers": list(layers),
+        "approximations": [*approximations(job.recipe, job.identity), *job.layout.notes],
+        "file": REPORT,
+    }
+
+
+def _kv_bytes_per_token(shape: ModelShape, key: TensorEntry) -> int:
+    """Sum over layers of H * (D + Dv), in the dtype of the weights."""
+    return sum(layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in shape.layers) * DTYPE_BYTES[key.dtype]
+
+
+def write_text_files(job: Job, result: Path, report: Mapping[str, Any], out: Path, identity: Mapping[str, Any]) -> None:
+    """config.json, the index of the shards, the model card and the report for programs."""
+    write_text_atomic(result / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
+    if job.checkpoint.sharded:
+        write_index(result / INDEX, job.shards)
+    write_text_atomic(result / "README.md", model_card(report, out.name))
+    document = {"format": _FORMAT, "identity": identity, "report": report, "versions": describe_versions()}
+    write_text_atomic(result / REPORT, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def verify(job: Job, result: Path) -> None:
+    """Read the result back as any consumer would: every header, every name, dtype and shape."""
+    written = Checkpoint(result)
+    job.layout.check(written, job.child)
+    planned = {entry.name: (entry.dtype, entry.shape) for entries in job.shards.values() for entry in entries}
+    found = {name: (written.entry(name).dtype, written.entry(name).shape) for name in written.names}
+    if planned != found:
+        wrong = sorted(name for name in planned | found if planned.get(name) != found.get(name))
+        raise GqaError(
+            "the written files are not what was planned", got=", ".join(wrong[:5]), hint="is the disk sound?"
+        )
+
+
+def already_done(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of OUT if it is this same conversion, complete; else GqaError."""
+    try:
+        document = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        found, report = document["identity"], document["report"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found, report = None, {}
+    if found != json.loads(json.dumps(identity)):
+        raise GqaError(
+            "OUT exists and is not this conversion's",
+            got=f"{out}{'' if found is None else ', converted from another source or with another recipe'}",
+            allowed="a folder that does not exist yet",
+            hint="choose another name, or remove it",
+        )
+    Checkpoint(out)
+    return {**report, "out": str(out), "already_done": True, "seconds": None}
+
+
+def small_bytes(folder: Path) -> int:
+    """Room that everything but the weights may take."""
+    return sum(path.stat().st_size for path in _small_files(folder)) + _SMALL_BYTES

@@ -1,0 +1,228 @@
+"""Carry out a conversion: layer by layer into a work folder, then shard by shard, then one rename to OUT."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from gqa.convert.engine import Engine
+from gqa.convert.job import Job, plan_conversion
+from gqa.convert.journal import Journal, locked, work_folder
+from gqa.convert.recipe import Recipe
+from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
+from gqa.errors import GqaError
+from gqa.progress import Progress, silent
+from gqa.record import describe_versions
+from gqa.source import Source
+from gqa.weights.header import read_header
+from gqa.weights.layout import AttentionWeights
+from gqa.weights.reader import TORCH_DTYPES, copy_tensor, read_tensor
+from gqa.weights.writer import check_space, sync_folder, write_shard, write_tensors
+
+
+def convert(
+    source: Source,
+    out: str | Path,
+    recipe: Recipe,
+    windows: np.ndarray | None = None,
+    progress: Progress = silent,
+    *,
+    texts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write the checkpoint of `source` with fewer KV heads to the folder OUT, which must not exist.
+
+    windows: (N, recipe.window) token ids of calibration text, where the recipe wants any; texts: the names of the
+    files they came from, for the model card. Returns the report: sizes before and after, and per layer what was
+    done and lost. Memory holds one layer's tensors at a time, and the calibration activations.
+
+    OUT appears complete, by one rename. Until then all lies in OUT.partial, where a run that was killed, or ran out
+    of space, goes on when it is called again with the same arguments. OUT from this same conversion: its report is
+    returned at once. Raises GqaError for anything that cannot be converted, before anything is written.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    job = plan_conversion(source, recipe)
+    windows = _checked_windows(job, windows)
+    identity = job.identify(windows)
+    _refuse_out_in_source(out, job.folder)
+    try:
+        if os.path.lexists(out):
+            report = already_done(out, identity)
+            _tidy(out, identity)
+            return report
+        check_space(out, job.peak_disk_bytes + small_bytes(job.folder) - _bytes_in(work_folder(out)))
+        with locked(out) as journal:
+            if os.path.lexists(out):  # by a process that was at it when we looked first
+                report = already_done(out, identity)
+                journal.discard()
+                return report
+            report = _work(job, journal, out, identity, windows, progress, texts)
+    except OSError as error:
+        raise _disk_error(out, error) from None
+    return {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
+
+
+def _work(
+    job: Job,
+    journal: Journal,
+    out: Path,
+    identity: Mapping[str, Any],
+    windows: np.ndarray | None,
+    progress: Progress,
+    texts: Sequence[str],
+) -> dict[str, Any]:
+    modified = job.checkpoint.modified()
+    journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
+    try:
+        _convert_layers(job, journal, windows, progress)
+        _write_shards(job, journal, progress)
+        copy_small_files(job.folder, journal.result)
+        report = describe(job, journal.reports, identity, texts)
+        write_text_files(job, journal.result, report, out, identity)
+        verify(job, journal.result)
+        if job.checkpoint.modified() != modified:
+            raise GqaError(
+                "the source changed while it was converted",
+                got=job.folder,
+                hint="convert again",
+            )
+    except GqaError:
+        journal.discard()  # it would only fail in the same way again
+        raise
+    except OSError:
+        if journal.empty:
+            journal.discard()
+        raise
+    sync_folder(journal.result)
+    os.rename(journal.result, out)
+    sync_folder(out.absolute().parent)
+    journal.discard()
+    return report
+
+
+def _convert_layers(job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress) -> None:
+    """Convert the layers that no former run finished, each into a file of its own."""
+    total = len(job.changes)
+    if len(journal.reports) == total:
+        return
+    engine = Engine(job.checkpoint, job.layout, job.source.config, job.recipe, windows, progress)
+    for layer in range(total):
+        if layer < len(journal.reports):
+            engine.replay(layer, job.layout.read_attention(_Stored(job, journal.layer_path(layer)), layer))
+        else:
+            weights, report = engine.convert(layer)
+            tensors = _changed_tensors(job, layer, weights)
+            write_tensors(journal.layer_path(layer), tensors, {})
+            journal.finish_layer({**report, "layer": layer, "tensors_changed": len(tensors)})
+        error = journal.reports[layer].get("output_error")
+        progress("convert layers", layer + 1, total, "" if error is None else f"output error {error:.2%}")
+
+
+def _changed_tensors(job: Job, layer: int, weights: AttentionWeights) -> dict[str, torch.Tensor]:
+    """A layer's tensors in the dtypes of the source, without those that came out as they were."""
+    planned = {entry.name: entry for entry in job.changes[layer]}
+    changed: dict[str, torch.Tensor] = {}
+    for name, tensor in job.layout.attention_tensors(layer, weights).items():
+        dtype = TORCH_DTYPES[job.checkpoint.entry(name).dtype]
+        stored = tensor.detach().to(dtype)
+        if not torch.isfinite(stored).all():
+            raise GqaError(
+                f"tensor {name} does not fit {str(dtype).removeprefix('torch.')} after the conversion",
+                got=f"values up to {float(tensor.abs().max()):.3g}",
+                allowed=f"at most {torch.finfo(dtype).max:.3g}",
+                hint="store the parent as bf16 or fp32 first",
+            )
+        old = job.checkpoint.entry(name)
+        if tuple(stored.shape) == old.shape and torch.equal(stored, job.checkpoint.read(name)):
+            continue
+        assert name in planned, f"{name} was not to change"
+        assert tuple(stored.shape) == planned[name].shape, f"{name} has shape {tuple(stored.shape)}"
+        changed[name] = stored
+    return changed
+
+
+class _Stored:
+    """A finished layer as it will be stored: its own file, and the parent's tensors where nothing changed."""
+
+    def __init__(self, job: Job, path: Path) -> None:
+        self.parent, self.file = job.checkpoint, read_header(path)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parent
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_tensor(self.file, name) if name in self.file.tensors else self.parent.read(name)
+
+
+def _write_shards(job: Job, journal: Journal, progress: Progress) -> None:
+    """Assemble the files that are not complete yet; a layer's file goes when the last of its tensors is in place."""
+    unfinished = [name for name in job.shards if not (journal.result / name).exists()]
+    layer_of = {entry.name: layer for layer, entries in job.changes.items() for entry in entries}
+    needed = [{layer_of[entry.name] for entry in job.shards[name] if entry.name in layer_of} for name in unfinished]
+    files = {layer: read_header(journal.layer_path(layer)) for layers in needed for layer in layers}
+    for index, shard in enumerate(unfinished):
+
+        def write(name: str, stream: BinaryIO) -> None:
+            layer = layer_of.get(name)
+            if layer is not None and name in files[layer].tensors:
+                copy_tensor(files[layer], name, stream)
+            else:
+                job.checkpoint.copy_bytes(name, stream)
+
+        write_shard(journal.result / shard, job.shards[shard], write, job.metadata(shard))
+        for layer in needed[index].difference(*needed[index + 1 :]):
+            files[layer].path.unlink()
+        progress("write files", len(job.shards) - len(unfinished) + index + 1, len(job.shards))
+
+
+def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
+    """The windows of text that the recipe uses: as many as it says, or GqaError."""
+    recipe = job.recipe
+    if job.identity or not recipe.windows:
+        return None
+    wanted = f"({recipe.windows} or more, {recipe.window}) token ids"
+    if windows is None or windows.ndim != 2 or windows.shape[1] != recipe.window or len(windows) < recipe.windows:
+        got = "none" if windows is None else f"an array of shape {windows.shape}"
+        raise GqaError("the calibration windows are not what the recipe says", got=got, allowed=wanted)
+    windows = np.ascontiguousarray(windows[: recipe.windows], dtype=np.int64)
+    vocab = job.checkpoint.shape(job.layout.embedding)[0]
+    if windows.min() < 0 or windows.max() >= vocab:
+        raise GqaError(
+            "the calibration text has token ids that the model does not know",
+            got=int(windows.max()),
+            allowed=f"0 to {vocab - 1}",
+            hint="does the tokenizer belong to this model?",
+        )
+    return windows
+
+
+def _refuse_out_in_source(out: Path, folder: Path) -> None:
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise GqaError("OUT lies within the source, which is never touched", got=out, hint="choose a place beside it")
+
+
+def _tidy(out: Path, identity: Mapping[str, Any]) -> None:
+    """Remove the work folder that a kill just after the last rename leaves beside OUT."""
+    if work_folder(out).is_dir():
+        with locked(out) as journal:
+            if journal.finished(identity):
+                journal.discard()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _disk_error(out: Path, error: OSError) -> GqaError:
+    got = f"{error.strerror or error}: {error.filename or out}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space and give the same command again: it goes on where it stopped"
+        return GqaError("the disk is full", got=got, hint=hint)
+    return GqaError("the conversion cannot be read or written", got=got, hint="then give the same command again")
