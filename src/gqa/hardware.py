@@ -45,7 +45,7 @@ def find_device(name: str) -> Device:
         "an unknown device",
         got=repr(name),
         allowed=", ".join(devices()),
-        hint=f'--device "{by_plain[close[0]].name}"' if close else None,
+        hint=" or ".join(f'--device "{by_plain[plain].name}"' for plain in close) or None,
     )
 
 

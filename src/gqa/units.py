@@ -30,7 +30,7 @@ DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 def parse_bytes(text: str) -> int:
     """`24GiB`, `80GB`, `512 MiB` -> bytes. A bare number is bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*", text)
     unit = match and (match[2].upper() or "B")
     if not match or unit not in _BYTE_UNITS:
         raise GqaError(
@@ -44,7 +44,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_tokens(text: str) -> int:
     """`131072`, `128k`, `1M` -> tokens. `k` is 1024 and `M` is 1024**2, as model cards count contexts."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmM]?)\s*", text.replace("_", ""))
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kKmM]?)\s*", text.replace("_", ""))
     tokens = round(float(match[1]) * _COUNT_UNITS[match[2].upper()]) if match else 0
     if tokens < 1:
         raise GqaError(

@@ -4,7 +4,7 @@
 """
 
 from gqa.config.child import child_config
-from gqa.config.parse import parse_config
+from gqa.config.parse import MAX_TOKENS, parse_config
 from gqa.config.shape import (
     Details,
     Experts,
@@ -16,6 +16,7 @@ from gqa.config.shape import (
 )
 
 __all__ = [
+    "MAX_TOKENS",
     "Details",
     "Experts",
     "Latent",

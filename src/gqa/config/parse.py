@@ -87,8 +87,13 @@ class _Parser:
         if not isinstance(self.model_type, str):
             raise self.error("model_type", self.model_type, "a text")
         self.facts: dict[str, Any] = model_types().get(self.model_type, {})
+        given = {**outer, **part}
         # An explicit null is taken at its word, as transformers does: a class default fills absent keys only.
-        self.config = {**self.facts.get("defaults", {}), **outer, **part}
+        self.config = given | {
+            key: value
+            for key, value in self.facts.get("defaults", {}).items()
+            if not any(spelling in given for spelling in _spellings(key))
+        }
 
     def shape(self) -> ModelShape:
         self.refuse_unknown()
@@ -295,6 +300,10 @@ class _Parser:
 
     def error(self, key: str, value: object, allowed: str) -> GqaError:
         return GqaError(f"{key} in the config of {self.name} makes no sense", got=_short(value), allowed=allowed)
+
+
+def _spellings(key: str) -> tuple[str, ...]:
+    return next((keys for keys in (HEADS, KV_HEADS, CONTEXT, EXPERTS) if key in keys), (key,))
 
 
 def _short(value: object) -> str:

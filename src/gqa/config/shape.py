@@ -122,8 +122,6 @@ class ModelShape:
 
     def with_kv_heads(self, kv_heads: int) -> ModelShape:
         """The same model at another setting of the dial. Raises GqaError if `kv_heads` does not divide H*G."""
-        if kv_heads == self.kv_heads:
-            return self
         check_kv_heads(self, kv_heads)
         layers = tuple(dataclasses.replace(layer, kv_heads=kv_heads) for layer in self.layers)
         return dataclasses.replace(self, layers=layers)
@@ -157,21 +155,15 @@ def check_kv_heads(shape: ModelShape, kv_heads: int) -> None:
         )
     heads = shape.query_heads
     choices = kv_head_choices(heads)
-    if kv_heads in choices and not isinstance(kv_heads, bool):
+    allowed = ", ".join(map(str, choices))
+    if type(kv_heads) is not int or kv_heads < 1:
+        raise GqaError("KV heads must be a positive whole number", got=repr(kv_heads), allowed=allowed)
+    if kv_heads in choices:
         return
-    if isinstance(kv_heads, bool) or not isinstance(kv_heads, int) or kv_heads < 1:
-        what = "KV heads must be a positive whole number"
-        got = repr(kv_heads)
-        nearest = 1
-    else:
-        more = kv_heads > heads
-        what = (
-            f"{kv_heads} KV heads are more than the {heads} query heads" if more else _does_not_divide(kv_heads, heads)
-        )
-        got = None
-        nearest = min(choices, key=lambda choice: abs(choice - kv_heads))
-    raise GqaError(what, got=got, allowed=", ".join(map(str, choices)), hint=f"--kv-heads {nearest}")
-
-
-def _does_not_divide(kv_heads: int, query_heads: int) -> str:
-    return f"{kv_heads} KV heads do not divide {query_heads} query heads"
+    nearest = min(choices, key=lambda choice: abs(choice - kv_heads))
+    relation = "are more than the" if kv_heads > heads else "do not divide"
+    raise GqaError(
+        f"{kv_heads} KV heads {relation} {heads} query heads",
+        allowed=allowed,
+        hint=f"the same command with --kv-heads {nearest}",
+    )

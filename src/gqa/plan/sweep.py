@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gqa.config import ModelShape, check_kv_heads, kv_head_choices
+from gqa.config import MAX_TOKENS, ModelShape, check_kv_heads, kv_head_choices
 from gqa.errors import GqaError
 from gqa.hardware import Device
 from gqa.plan.cache import as_multi_head, kv_bytes, kv_bytes_per_token
@@ -18,6 +18,7 @@ from gqa.units import dtype_bytes
 
 DEFAULT_CONTEXT = 8192  # for a config that does not say how long its contexts may be
 DEFAULT_DTYPE = "bf16"
+MAX_BATCH = 1 << 32  # far beyond use, and small enough for every figure to be a float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,9 @@ def plan(
     """
     if not 0 < utilisation <= 1:
         raise GqaError("utilisation is a share of the memory", got=utilisation, allowed="above 0, at most 1")
-    for name, value in (("batch", batch), ("context", 1 if context is None else context)):
-        if value < 1:
-            raise GqaError(f"{name} must be positive", got=value)
+    for name, value, most in (("batch", batch, MAX_BATCH), ("context", context, MAX_TOKENS)):
+        if value is not None and not 1 <= value <= most:
+            raise GqaError(f"{name} is out of range", got=value, allowed=f"1 to {most}")
     if shape.is_latent and kv_heads:
         check_kv_heads(shape, kv_heads[0])
     shape = shape.without_windows() if ignore_windows else shape

@@ -1,0 +1,236 @@
+"""config.json -> shape: every spelling, every kind of layer, and every way to be wrong."""
+
+import contextlib
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gqa.config import LayerShape, parse_config
+from gqa.errors import GqaError
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 100,
+    "vocab_size": 99,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float16",
+}
+
+
+def without(*keys):
+    return {key: value for key, value in LLAMA.items() if key not in keys}
+
+
+def test_a_plain_llama():
+    shape = parse_config(LLAMA, "small")
+    assert shape.layers == (LayerShape("full", 8, 2, 8, 8),) * 4
+    assert (shape.name, shape.model_type, shape.hidden, shape.vocab) == ("small", "llama", 64, 99)
+    assert (shape.intermediate, shape.context, shape.tied_embeddings) == (100, 512, False)
+    assert (shape.weight_dtype, shape.quantised) == ("fp16", None)
+
+
+def test_absent_kv_heads_are_multi_head():
+    assert parse_config(without("num_key_value_heads"), "x").kv_heads == 8
+    assert parse_config(LLAMA | {"num_key_value_heads": None}, "x").kv_heads == 8
+
+
+def test_explicit_head_dim_wins_over_hidden_by_heads():
+    assert parse_config(LLAMA | {"head_dim": 128}, "x").head_dim == 128
+    assert parse_config(LLAMA | {"head_dim": None}, "x").head_dim == 8
+    with pytest.raises(GqaError, match="gives no head_dim and 8 heads do not divide hidden_size 63"):
+        parse_config(LLAMA | {"hidden_size": 63}, "x")
+
+
+def test_older_spellings():
+    gpt2 = parse_config({"model_type": "gpt2", "n_layer": 2, "n_embd": 48, "n_head": 6, "n_positions": 32}, "x")
+    assert (gpt2.kv_heads, gpt2.head_dim, gpt2.context, gpt2.intermediate) == (6, 8, 32, 192)
+    falcon = {"model_type": "falcon", "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6}
+    # The hub's Falcon-7B says 71 KV heads and multi_query: the latter decides.
+    assert parse_config(falcon | {"num_kv_heads": 6, "multi_query": True}, "x").kv_heads == 1
+    assert parse_config(falcon | {"n_head_kv": 3, "new_decoder_architecture": True}, "x").kv_heads == 3
+    assert parse_config(falcon | {"multi_query": False}, "x").kv_heads == 6
+
+
+@pytest.mark.parametrize("nest", ["text_config", "llm_config"])
+def test_nested_text_config(nest):
+    nested = {"model_type": "some_vlm", nest: without("torch_dtype"), "dtype": "bfloat16", "vision_config": {"x": 1}}
+    shape = parse_config(nested, "vlm")
+    assert (shape.model_type, shape.kv_heads, shape.weight_dtype) == ("llama", 2, "bf16")
+
+
+def kinds(config):
+    return "".join(layer.kind[0] for layer in parse_config(config, "x").layers)
+
+
+def of_type(model_type, **more):
+    return LLAMA | {"model_type": model_type, "sliding_window": 16, "num_hidden_layers": 6, **more}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (of_type("mistral"), "ssssss"),
+        (of_type("mistral", sliding_window=None), "ffffff"),
+        (of_type("qwen2"), "ffffff"),  # use_sliding_window is off unless said
+        (of_type("qwen2", use_sliding_window=True, max_window_layers=4), "ffffss"),
+        (of_type("qwen2", use_sliding_window=False, max_window_layers=0), "ffffff"),
+        (of_type("gemma2"), "sfsfsf"),
+        (of_type("gemma3_text"), "sssssf"),
+        (of_type("gemma3_text", sliding_window_pattern=3), "ssfssf"),
+        (of_type("gpt_oss", num_local_experts=4), "sfsfsf"),
+        (of_type("anything", layer_types=["sliding_attention", "full_attention"] * 3), "sfsfsf"),
+        (of_type("mistral", layer_types=["full_attention"] * 6), "ffffff"),
+        (of_type("qwen2", use_sliding_window=False, layer_types=["sliding_attention"] * 6), "ffffff"),
+    ],
+)
+def test_which_layers_slide(config, layers):
+    assert kinds(config) == layers
+    windows = {layer.window for layer in parse_config(config, "x").layers if layer.kind == "sliding"}
+    assert windows <= {16}
+
+
+def test_a_window_without_a_pattern_is_not_guessed():
+    with pytest.raises(GqaError, match="not which layers slide"):
+        parse_config(of_type("anything"), "x")
+
+
+def test_latent_attention():
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    shape = parse_config(without("num_key_value_heads") | {"model_type": "deepseek_v3"} | latent, "x")
+    assert shape.layers[0] == LayerShape("mla", 8, 1, 576, 512)
+    assert shape.latent is not None
+    assert shape.latent.q_rank == 1536  # the class default
+    assert shape.is_latent
+
+
+def test_v_heads_of_another_width():
+    layer = parse_config(LLAMA | {"v_head_dim": 4}, "x").layers[0]
+    assert (layer.head_dim, layer.v_head_dim) == (8, 4)
+
+
+def test_experts():
+    mixtral = parse_config(LLAMA | {"model_type": "mixtral", "num_local_experts": 4}, "x")
+    assert mixtral.experts is not None
+    assert (mixtral.experts.total, mixtral.experts.per_token, mixtral.experts.layers) == (4, 2, 4)
+    sparse = parse_config(
+        LLAMA | {"model_type": "qwen3_moe", "num_local_experts": 16, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        "x",
+    )
+    assert sparse.experts is not None
+    assert (sparse.experts.total, sparse.experts.layers) == (16, 1)  # layers 1 and 3 are sparse, 3 is kept dense
+    assert parse_config(LLAMA, "x").experts is None
+
+
+def test_dtype_and_quantisation():
+    assert parse_config(LLAMA | {"dtype": "torch.bfloat16"}, "x").weight_dtype == "bf16"
+    assert parse_config(without("torch_dtype"), "x").weight_dtype is None
+    quantised = parse_config(LLAMA | {"quantization_config": {"quant_method": "mxfp4"}}, "x")
+    assert (quantised.weight_dtype, quantised.quantised) == (None, "mxfp4")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"attention_chunk_size": 8192},
+        {"layers_block_type": ["mamba", "attention"]},
+        {"layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"]},
+        {"layer_types": ["chunked_attention"] * 4},
+        {"full_attention_interval": 4},
+        {"mamba_d_state": 16},
+        {"linear_num_key_heads": 4},
+        {"num_kv_shared_layers": 2},
+        {"num_global_key_value_heads": 1},
+        {"global_head_dim": 512},
+        {"num_key_value_heads_per_layer": [1, 2, 1, 2]},
+        {"swa_num_key_value_heads": 4},
+        {"multi_query_group_num": 2},
+        {"index_topk": 2048},
+        {"is_encoder_decoder": True},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_unknown_attention_is_named(strange):
+    with pytest.raises(GqaError, match=next(iter(strange))):
+        parse_config(LLAMA | strange, "x")
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"num_kv_shared_layers": 0},
+        {"attention_chunk_size": None},
+        {"no_rope_layers": [1, 1, 1, 0]},
+        {"attention_bias": True, "attention_dropout": 0.1, "rope_local_base_freq": 1e4},
+    ],
+)
+def test_harmless_keys_pass(harmless):
+    assert parse_config(LLAMA | harmless, "x").kv_heads == 2
+
+
+@pytest.mark.parametrize("value", [0, -8, True, 8.0, "8", [8], 1 << 40, float("nan"), {}])
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size"])
+def test_nonsense_values_are_named(key, value):
+    with pytest.raises(GqaError, match=key):
+        parse_config(LLAMA | {key: value}, "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (without("num_attention_heads"), "has no num_attention_heads"),
+        (without("num_hidden_layers"), "has no num_hidden_layers"),
+        ({}, "has no hidden_size"),
+        (LLAMA | {"num_key_value_heads": 3}, "3 KV heads, which do not divide 8 query heads"),
+        (LLAMA | {"num_key_value_heads": 16}, "16 KV heads, which do not divide 8 query heads"),
+        (LLAMA | {"num_kv_heads": 4}, "contradicts itself"),
+        (LLAMA | {"layer_types": ["full_attention"]}, "layer_types"),
+        (LLAMA | {"layer_types": ["sliding_attention"] * 4}, "has no sliding_window"),
+        (LLAMA | {"model_type": 7}, "model_type"),
+        (LLAMA | {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        (LLAMA | {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_contradictions_and_gaps(config, says):
+    with pytest.raises(GqaError, match=says):
+        parse_config(config, "x")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+known_keys = st.sampled_from(
+    sorted(
+        {*LLAMA, "head_dim", "sliding_window", "layer_types", "text_config", "kv_lora_rank", "qk_rope_head_dim"}
+        | {"qk_nope_head_dim", "v_head_dim", "q_lora_rank", "num_local_experts", "num_experts_per_tok", "dtype"}
+        | {"mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "quantization_config", "multi_query"}
+        | {"use_sliding_window", "sliding_window_pattern", "max_window_layers", "n_shared_experts", "attention_bias"}
+    )
+)
+model_types = st.sampled_from(["llama", "qwen2", "gemma2", "gemma3_text", "falcon", "qwen3_moe", "deepseek_v3", "x"])
+plausible = st.sampled_from([1, 2, 4, 8, 64, None, True, ["full_attention"] * 4, ["sliding_attention"] * 4])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.dictionaries(known_keys, plausible | json_values, max_size=8),
+    model_types,
+    st.booleans(),
+)
+@example({"text_config": {"num_attention_heads": {}}}, "llama", True)
+@example({"layer_types": [["full_attention"]] * 4}, "llama", True)
+def test_only_gqa_errors_come_out(edits, model_type, from_llama):
+    config = (LLAMA if from_llama else {}) | {"model_type": model_type} | edits
+    with contextlib.suppress(GqaError):
+        shape = parse_config(config, "fuzzed")
+        assert shape.query_heads % shape.kv_heads == 0
+        assert shape.head_dim > 0
+        assert len({layer.window for layer in shape.layers}) <= 2

@@ -1,0 +1,142 @@
+"""A whole plan as a record."""
+
+import json
+
+import pytest
+
+from gqa.config import parse_config
+from gqa.errors import GqaError
+from gqa.hardware import find_device
+from gqa.plan import sweep
+from gqa.source import open_source
+
+
+def bundled(name):
+    source = open_source(name)
+    return parse_config(source.config, source.name)
+
+
+def by_heads(record):
+    return {setting["kv_heads"]: setting for setting in record.results["settings"]}
+
+
+def test_llama_3_70b():
+    record = sweep.plan(bundled("llama-3-70b"), kv_heads=[64, 8, 1], context=131072, kv_dtype="fp16")
+    settings = by_heads(record)
+    assert list(settings) == [64, 8, 1]
+    assert settings[8]["kv_bytes"] == 42_949_672_960
+    assert {setting["kv_bytes_as_mha"] for setting in settings.values()} == {343_597_383_680}
+    assert settings[64]["kv_bytes"] == 343_597_383_680
+    assert [setting["is_current"] for setting in settings.values()] == [False, True, False]
+    assert [setting["queries_per_kv_head"] for setting in settings.values()] == [1, 8, 64]
+    # k and v: 80 layers * 2 * 8192 * 8 heads * 128.
+    assert settings[8]["kv_projection_parameters"] == 1_342_177_280
+    # q and o: 80 * 2 * 8192 * 8192 more.
+    assert settings[8]["attention_parameters"] == 1_342_177_280 + 10_737_418_240
+    assert settings[8]["weight_bytes"] == 2 * 70_553_706_496
+    assert settings[8]["decode_seconds_bound"] is None
+    assert settings[8]["max_concurrent_requests"] is None
+    assert sweep.fits(record)
+
+
+def test_on_a_device():
+    device = find_device("H200")  # 143,771 MiB
+    record = sweep.plan(bundled("llama-3-8b"), kv_heads=[8], context=8192, device=device)
+    (setting,) = record.results["settings"]
+    # floor(143771 * 2**20 * 0.9) - 2 * 8,030,261,248 bytes, over 131,072 bytes a token.
+    budget = 143771 * 2**20 * 9 // 10 - 16_060_522_496
+    assert setting["max_context"] == budget // 131_072
+    assert setting["max_concurrent_requests"] == budget // (131_072 * 8192)
+    # Weights but for the input embedding (128256 * 4096), and the cache, at 4.8 TB/s.
+    moved = 16_060_522_496 - 2 * 128_256 * 4096 + 131_072 * 8192
+    assert setting["decode_seconds_bound"] == pytest.approx(moved / 4.8e12)
+    assert setting["decode_limit"] == "bandwidth"
+
+
+def test_defaults_are_the_models_own():
+    record = sweep.plan(bundled("llama-3.1-8b"))
+    assert [setting["kv_heads"] for setting in record.results["settings"]] == [32, 16, 8, 4, 2, 1]
+    assert record.inputs["context"] == 131072
+    assert (record.inputs["kv_dtype"], record.inputs["weight_dtype"]) == ("bf16", "bf16")
+    assert set(record.basis.values()) == {"predicted"}
+
+
+def test_nothing_fits():
+    record = sweep.plan(bundled("llama-3-70b"), device=find_device("L4"))
+    assert not sweep.fits(record)
+    assert {setting["max_context"] for setting in record.results["settings"]} == {0}
+    assert any("do not fit on one L4" in sentence for sentence in record.assumptions)
+
+
+def test_windows_and_ignoring_them():
+    shape = bundled("mistral-7b-v0.1")
+    device = find_device("L4")
+    with_windows = sweep.plan(shape, kv_heads=[8], context=32768, device=device).results["settings"][0]
+    assert with_windows["kv_bytes"] == 4096 * 131_072
+    assert with_windows["max_context"] is None
+    assert with_windows["context_unlimited"]
+    without = sweep.plan(shape, kv_heads=[8], context=32768, device=device, ignore_windows=True).results["settings"][0]
+    assert without["kv_bytes"] == 32768 * 131_072
+    assert without["context_unlimited"] is False
+
+
+def test_latent_attention_is_one_row():
+    record = sweep.plan(bundled("deepseek-v3"))
+    (setting,) = record.results["settings"]
+    assert setting["kv_heads"] is None
+    assert setting["kv_bytes_per_token"] == 70_272
+    assert setting["is_current"]
+    with pytest.raises(GqaError, match="no KV heads to turn"):
+        sweep.plan(bundled("deepseek-v3"), kv_heads=[8])
+
+
+def test_unknown_parameters_are_null_and_said():
+    config = {"model_type": "brand_new", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    record = sweep.plan(parse_config(config, "new"), device=find_device("L4"))
+    setting = record.results["settings"][0]
+    assert setting["weight_bytes"] is None
+    assert setting["max_context"] is None
+    assert setting["kv_bytes"] > 0
+    assert any("brand_new" in sentence for sentence in record.assumptions)
+    assert sweep.fits(record)
+
+
+def test_quantised_weights_are_unknown_until_told():
+    source = open_source("llama-3-8b")
+    config = source.config | {"quantization_config": {"quant_method": "awq"}}
+    record = sweep.plan(parse_config(config, "quantised"), kv_heads=[8])
+    assert record.results["settings"][0]["weight_bytes"] is None
+    assert any("awq" in sentence for sentence in record.assumptions)
+    told = sweep.plan(parse_config(config, "quantised"), kv_heads=[8], weight_dtype="int8")
+    assert told.results["settings"][0]["weight_bytes"] == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kv_heads": [12]},
+        {"kv_heads": [0]},
+        {"context": 0},
+        {"context": 10**30},
+        {"batch": 0},
+        {"batch": 10**400},
+        {"utilisation": 0.0},
+        {"utilisation": 1.1},
+        {"utilisation": float("nan")},
+        {"kv_dtype": "fp7"},
+        {"weight_dtype": "fp7"},
+    ],
+    ids=str,
+)
+def test_wrong_questions(wrong):
+    with pytest.raises(GqaError):
+        sweep.plan(bundled("llama-3-8b"), **wrong)
+
+
+def test_the_record_is_json():
+    record = sweep.plan(bundled("gemma-3-4b"), device=find_device("H100 SXM"))
+    document = json.loads(record.to_json())
+    assert document["command"] == "plan"
+    assert document["results"]["model"]["sliding_layers"] == 29
+    assert document["results"]["device"]["sources"]["memory"]
+    assert all(isinstance(sentence, str) for sentence in document["assumptions"])
