@@ -1,0 +1,30 @@
+"""`gqa report`: a study's record as one offline HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gqa.cli import output
+from gqa.errors import GqaError
+from gqa.record import read_record, write_text_atomic
+
+
+@click.command(
+    cls=output.Command,
+    examples="gqa report study/study.json\ngqa report study/study.json --out page.html",
+)
+@click.argument("record", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: report.html beside RECORD]")
+def command(record: Path, out: Path | None) -> None:
+    """Make the report page from the RECORD that `gqa study` wrote."""
+    from gqa.report.page import render
+
+    out = out or record.with_name("report.html")
+    page = render(read_record(record, "study"))
+    try:
+        write_text_atomic(out, page)
+    except OSError as error:
+        raise GqaError("the page cannot be written", got=f"{out}: {error.strerror}") from None
+    output.note(f"wrote {out} ({len(page.encode()) / 1000:.0f} kB)")

@@ -1,0 +1,193 @@
+"""The report page: a study's record in, one HTML text out, with everything inside it and nothing to fetch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from gqa.record import Record
+from gqa.report import dial, figures, tables, words
+from gqa.report.reading import Study, number
+from gqa.units import format_bytes, format_seconds
+
+
+def render(record: Record) -> str:
+    """The page of a record of `gqa study`.
+
+    The same record always gives the same page. Errors: GqaError when the record is not a study's."""
+    study = Study.from_record(record)
+    saves, costs = figures.saving_figures(study), figures.cost_figures(study)
+    sections = _section("saves", "What fewer KV heads save", "", saves)
+    sections += _section("costs", "What they cost", _methods(study), costs)
+    return Template(_asset("page.html")).substitute(
+        title=escape(f"GQA study: {study.name}"),
+        name=escape(study.name),
+        created=escape(str(record.created)[:10]),
+        style=_asset("page.css") + _stop_colors(study),
+        finding=escape(words.finding(study)),
+        dial=dial.html(study),
+        settings=tables.html(_settings(study), "Every setting"),
+        figures=sections,
+        method=_method(study),
+        record=_embedded(json.loads(record.to_json())),
+        dial_data=_embedded(dial.data(study)),
+        script=_asset("dial.js"),
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("gqa.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _embedded(document: Any) -> str:
+    """JSON inside a script element: no character that could end the element or begin a comment."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _stop_colors(study: Study) -> str:
+    """One colour per stop of the dial, evenly from the colour of many heads to that of few."""
+    last = max(len(study.stops) - 1, 1)
+    colors = [
+        f"--kv{i}: color-mix(in oklch, var(--kv-few) {100 * i / last:.0f}%, var(--kv-many));"
+        for i in range(len(study.stops))
+    ]
+    return ":root { " + " ".join(colors) + " }"
+
+
+def _section(key: str, title: str, opening: str, drawn: Sequence[figures.Figure]) -> str:
+    if not drawn:
+        return ""
+    return f'<section id="{key}">\n<h2>{title}</h2>\n{opening}{_figures(drawn)}</section>\n'
+
+
+def _methods(study: Study) -> str:
+    """What the methods and the training in this record do, in a sentence each."""
+    meanings = {words.method_name(m): words.METHOD_MEANINGS[m] for m in study.methods if m in words.METHOD_MEANINGS}
+    if any(row.get("stage") == "uptrained" for row in study.quality):
+        trained, parent = number(study.control, "train_tokens"), number(study.parent, "train_tokens")
+        extent = (
+            f", here {words.whole(trained)} tokens, {words.percent(trained / parent)}" if trained and parent else ""
+        )
+        meanings["uptraining"] = (
+            "Afterwards the whole converted model goes on with the training of its parent for a small share of the"
+            f" parent's tokens{extent}."
+        )
+    pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>\n" for name, meaning in meanings.items())
+    return f'<dl class="methods">\n{pairs}</dl>\n' if meanings else ""
+
+
+def _figures(drawn: Sequence[figures.Figure]) -> str:
+    """Figures of one panel stand in pairs, wider ones in a row of their own."""
+    single = [figure for figure in drawn if len(figure.panels) == 1]
+    wide = [figure for figure in drawn if len(figure.panels) != 1]
+    pair = f'<div class="pair">\n{"".join(map(_figure, single))}</div>\n' if single else ""
+    return pair + "".join(map(_figure, wide))
+
+
+def _figure(figure: figures.Figure) -> str:
+    panels = "".join(
+        f'<div class="panel">{f"<h4>{escape(heading)}</h4>" if heading else ""}{svg}</div>'
+        for heading, svg in figure.panels
+    )
+    small = " small-ones" if len(figure.panels) > 2 else ""
+    data = "".join(
+        f"{f'<h4>{escape(label)}</h4>' if len(figure.tables) > 1 else ''}{tables.html(table, label)}"
+        for label, table in figure.tables.items()
+    )
+    return (
+        f'<figure id="{figure.key}">\n'
+        f"<figcaption><h3>{escape(figure.title)}</h3>\n<p>{escape(figure.caption)}</p></figcaption>\n"
+        f'<div class="panels{small}" role="img" aria-label="{escape(figure.title)}. The table holds the data.">'
+        f"{panels}</div>\n"
+        f"<details><summary>The data as a table</summary>{data}</details>\n</figure>\n"
+    )
+
+
+def _settings(study: Study) -> tables.Table:
+    """One row per stop: what it saves, what it costs."""
+    columns: dict[str, list[str]] = {
+        "KV heads": [str(n) for n in study.stops],
+        "query heads per KV head": [str(study.query_heads // n) for n in study.stops],
+        "cache per token": [words.shown(words.cache_bytes(study, n), format_bytes) for n in study.stops],
+        "cache smaller by": [
+            words.shown(number(study.setting(n), "kv_cache_saving_ratio"), words.times) for n in study.stops
+        ],
+    }
+    for title, name in (("attention parameters", "attention_parameters"), ("all parameters", "parameters")):
+        columns[title] = [words.shown(number(study.setting(n), name), words.about) for n in study.stops]
+    if study.decode:
+        title = f"time per token at {words.tokens(study.longest_context or 0)} tokens"
+        columns[title] = [words.shown(study.decode_seconds(n), format_seconds) for n in study.stops]
+    for stage, name in words.STAGE_NAMES.items():
+        if any(row.get("stage") == stage for row in study.quality):
+            columns[f"best perplexity {name}"] = [_best(study, n, stage) for n in study.stops]
+    return tables.Table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _best(study: Study, kv_heads: int, stage: str) -> str:
+    best = study.best(kv_heads, [stage])
+    if best is None and kv_heads == study.full:
+        reference = number(study.parent if stage == "converted" else study.control, "perplexity")
+        return words.shown(reference, words.significant)
+    return words.shown(best and best[0], words.significant)
+
+
+def _method(study: Study) -> str:
+    record, parent = study.record, study.parent
+    facts = {
+        "name": study.name,
+        "parameters": words.shown(number(parent, "parameters"), words.whole),
+        "layers": words.shown(number(parent, "layers"), words.whole),
+        "query heads": str(study.query_heads),
+        "KV heads": str(study.full),
+        "head dim": words.shown(number(parent, "head_dim"), words.whole),
+        "trained on": words.shown(number(parent, "train_tokens"), lambda n: f"{n:,} tokens"),
+        "training took": words.shown(number(parent, "train_seconds"), format_seconds),
+    }
+    machine = {str(name): value for name, value in record.machine.items() if name != "memory_bytes"}
+    machine["memory"] = words.shown(number(record.machine, "memory_bytes"), format_bytes)
+    blocks = [
+        ("The parent model", facts),
+        ("This machine", machine),
+        ("Versions", record.versions),
+        ("What was asked", record.inputs),
+        ("Measured or predicted", record.basis),
+    ]
+    assumptions = "".join(f"<li>{escape(str(text))}</li>" for text in record.assumptions)
+    return (
+        '<div class="facts">\n'
+        + "".join(f"<div><h3>{title}</h3>{_pairs(pairs, title)}</div>\n" for title, pairs in blocks if pairs)
+        + "</div>\n"
+        + (f"<h3>Assumptions</h3>\n<ul>{assumptions}</ul>\n" if assumptions else "")
+        + "<h3>Make this page again</h3>\n<p>It is drawn from its record alone, which lies inside it: "
+        '<button type="button" id="save-record">save study.json</button>, then '
+        "<code>gqa report study.json</code>.</p>"
+    )
+
+
+def _pairs(pairs: Any, label: str) -> str:
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_plain(value))}</td></tr>'
+        for name, value in pairs.items()
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="words">{body}</table></div>'
+    )
+
+
+def _plain(value: Any) -> str:
+    """An input as a person would say it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "not given"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

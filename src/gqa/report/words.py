@@ -1,0 +1,195 @@
+"""Figures as people read them, and the sentences that the page draws from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from gqa.report.reading import Study, number
+from gqa.units import GIB
+
+NOT_MEASURED = "not measured"
+METHOD_NAMES = {"mean": "mean pooling", "svd": "svd", "svd+refine": "refined svd"}
+SHORT_NAMES = {"svd+refine": "refined"}  # beside lines and bars, where room is short
+METHOD_MEANINGS = {
+    "mean": "The published recipe: the key and value projections of the heads that come to share are averaged.",
+    "svd": "Finds, in closed form and without training, the shared keys and values that keep most of what the heads"
+    " gave, and changes every query head's own weights to suit them.",
+    "svd+refine": "Then fits the attention of each layer in turn to the parent's own output on a little text. It needs"
+    " no labels and never trains the whole model.",
+}
+STAGE_NAMES = {"converted": "right after conversion", "uptrained": "after uptraining"}
+CLOSE = 0.02  # perplexities within 2 % count as level in the page's opening sentence
+
+
+def shown(value: float | None, form: Callable[[float], str]) -> str:
+    """A figure in its form, or the words for a gap."""
+    return NOT_MEASURED if value is None else form(value)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """164, 41.0, 0.0123 or 12,345: at least so many significant digits, never an exponent unless tiny."""
+    if value == 0:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.1e}" if places > 6 else f"{value:,.{max(places, 0)}f}"
+
+
+def percent(share: float) -> str:
+    return f"{significant(100 * share, 2)}\u00a0%"
+
+
+def whole(value: float) -> str:
+    return f"{round(value):,}"
+
+
+def times(ratio: float) -> str:
+    """4×, 2.7×"""
+    return f"{ratio:.2g}×" if ratio < 10 and round(ratio, 1) != int(ratio) else f"{ratio:,.0f}×"
+
+
+def tokens(count: float) -> str:
+    """16384 -> 16k and 2097152 -> 2M where that is exact, as model cards count; else all digits."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if count >= size and count % size == 0:
+            return f"{count // size:.0f}{unit}"
+    return whole(count)
+
+
+def about(count: float) -> str:
+    """A long count as a reader keeps it: 1.9 million."""
+    if count >= 10**6:
+        return f"{significant(count / 10**6, 2 if count < 10**7 else 3)} million"
+    return whole(count)
+
+
+def gib(size: float) -> str:
+    return f"{significant(size / GIB)} GiB"
+
+
+def tick(value: float) -> str:
+    return f"{value:,g}"
+
+
+def percent_tick(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def heads(count: int) -> str:
+    return "1 KV head" if count == 1 else f"{count} KV heads"
+
+
+def method_name(method: str) -> str:
+    return METHOD_NAMES.get(method, method)
+
+
+def headline_stop(study: Study) -> int:
+    """The furthest stop of the dial whose best perplexity is level with the parent's; else the gentlest cut."""
+    cuts = [(n, best) for n in study.stops if n < study.full and (best := study.best(n))]
+    if not cuts:
+        return study.stops[-1]
+    level = [n for n, best in cuts if (against := _reference(study, best[2])[0]) and best[0] <= against * (1 + CLOSE)]
+    return level[-1] if level else cuts[0][0]
+
+
+def short_name(method: str) -> str:
+    return SHORT_NAMES.get(method, method)
+
+
+def finding(study: Study) -> str:
+    """The study in one sentence: what the headline stop saves, and what it costs."""
+    kv_heads = headline_stop(study)
+    best = study.best(kv_heads)
+    against, named = _reference(study, best[2] if best else "converted")
+    if best is None or against is None:
+        return f"With {_of(study, kv_heads)} the cache is {_saving(study, kv_heads)}; quality was {NOT_MEASURED}."
+    perplexity, method, stage = best
+    return (
+        f"With {_of(study, kv_heads)} the cache is {_saving(study, kv_heads)} and perplexity is "
+        f"{significant(perplexity)} ({method_name(method)}, {STAGE_NAMES[stage]}) "
+        f"against {significant(against)} for {named}."
+    )
+
+
+def memory_title(study: Study) -> str:
+    first, last = study.stops[0], study.stops[-1]
+    device = next(iter(study.devices), None)
+    row = {n: study.capacity_row(n, device) for n in (first, last)} if device else {}
+    most, least = (number(row[n], "max_context_tokens") if row else None for n in (first, last))
+    if most and least:
+        return f"One {device} holds a context of {about(most)} tokens with {heads(first)}, {about(least)} with {last}"
+    return f"From {first} to {heads(last)} the cache of every context is {_saving(study, last)}"
+
+
+def decode_title(study: Study) -> str:
+    timed = [n for n in study.stops if study.decode_seconds(n)]
+    if len(timed) < 2:
+        return "Time to write one token, against the context before it"
+    slow, fast = study.decode_seconds(timed[0]) or 0.0, study.decode_seconds(timed[-1]) or 1.0
+    start = f"At {tokens(study.longest_context or 0)} tokens of context"
+    if fast >= slow * 0.95:
+        return f"{start} {heads(timed[-1])} decode no faster than {timed[0]} on this machine"
+    return f"{start} {heads(timed[-1])} decodes {times(slow / fast)} faster than {timed[0]}"
+
+
+def quality_title(study: Study) -> str:
+    fewest = study.stops[-1]
+    best, mean = study.best(fewest, ["converted"]), study.figure(fewest, "mean", "converted", "perplexity")
+    if best is None or fewest == study.full:
+        return "Perplexity against KV heads"
+    ending = f", mean pooling at {significant(mean)}" if mean is not None and best[1] != "mean" else ""
+    return (
+        f"At {heads(fewest)}, before any training, {method_name(best[1])} is at a perplexity of "
+        f"{significant(best[0])}{ending}"
+    )
+
+
+def share_title(study: Study) -> str:
+    worst = {}
+    for method in study.methods:
+        shares = [
+            s for n in study.stops if (s := study.figure(n, method, "converted", "share_of_mean_loss")) is not None
+        ]
+        if shares and method != "mean":
+            worst[method] = max(shares)
+    if not worst:
+        return "How much of mean pooling's loss remains"
+    clauses = [f"{percent(share)} with {method_name(method)}" for method, share in worst.items()]
+    return f"Of what mean pooling loses, at most {' and '.join(clauses)} remains"
+
+
+def layers_title(study: Study) -> str:
+    errors = {
+        (str(row.get("method")), row.get("layer")): error
+        for row in study.layers
+        if (error := number(row, "output_error")) is not None
+    }
+    method = next((m for m in reversed(study.methods) if any(m == known for known, _ in errors)), None)
+    if method is None:
+        return "Where the loss sits"
+    (_, layer), error = max((item for item in errors.items() if item[0][0] == method), key=lambda item: item[1])
+    return f"Layer {layer} is the hardest for {method_name(method)}: {percent(error)} of its output's energy is off"
+
+
+def cache_bytes(study: Study, kv_heads: int) -> float | None:
+    """Bytes of cache per token: the measured ones where there are any, else the predicted."""
+    row = study.setting(kv_heads)
+    measured = number(row, "kv_bytes_per_token_measured")
+    return number(row, "kv_bytes_per_token") if measured is None else measured
+
+
+def _reference(study: Study, stage: str) -> tuple[float | None, str]:
+    """What a perplexity is fairly held against: after training, the parent that had the same training."""
+    control = number(study.control, "perplexity")
+    if stage == "uptrained" and control is not None:
+        return control, "the parent given the same extra training"
+    return number(study.parent, "perplexity"), "the parent"
+
+
+def _of(study: Study, kv_heads: int) -> str:
+    return f"{kv_heads} of {study.full} KV heads"
+
+
+def _saving(study: Study, kv_heads: int) -> str:
+    ratio = study.setting(kv_heads).get("kv_cache_saving_ratio")
+    return f"{times(ratio)} smaller" if isinstance(ratio, int | float) and ratio > 1 else "as large as the parent's"
