@@ -1,0 +1,155 @@
+"""The op and our cache inside transformers' models.
+
+    gqa.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="gqa")
+    model.generate(**inputs, past_key_values=gqa.hf.GqaCache())
+
+Nothing here changes models that do not ask for it: no default cache, no other implementation is touched.
+"""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
+
+from gqa.cache.contiguous import ContiguousLayer
+from gqa.errors import GqaError
+from gqa.ops.api import attention
+
+NAME = "gqa"
+
+
+def register() -> None:
+    """Make `attn_implementation="gqa"` known to transformers; call it before from_pretrained. Harmless when repeated.
+
+    The mask function goes with it: without one, transformers passes no mask at all, and padding and causality are
+    lost in silence. Ours is transformers' own boolean one, which knows padding, windows, chunks, static caches and
+    packed position_ids, and says None where `attention_forward` can tell the rest from the shapes.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (B, H*G, T, D), key and value (B, H, S, D) -> (B, T, H*G, D), None.
+
+    The kwarg `sliding_window` needs nothing: the mask has it, and is None only where every key is inside the window.
+    Raises GqaError for what the op has not: dropout, a position bias, transformers' paged cache.
+    """
+    if dropout:
+        raise GqaError("the op has no attention dropout", got=dropout, hint="set attention_dropout=0.0 in the config")
+    for name in ("position_bias", "cache"):
+        if others.get(name) is not None:
+            raise GqaError(f"the op does not take transformers' `{name}`", hint='use attn_implementation="sdpa"')
+    if torch.is_autocast_enabled(query.device.type):
+        # Under autocast, q and k leave the rotary embedding in float32 while v is still in low precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    # No mask means: one query sees all keys; several are causal from the first key on, which covers S == T as well
+    # as the prefill of a static cache, whose keys after the first T are still empty.
+    causal = attention_mask is None and query.shape[2] > 1
+    if causal:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = attention(
+        query, key, value, causal=causal, q_start=0 if causal else None, scale=scaling, softcap=softcap,
+        mask=attention_mask, sinks=s_aux,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+class GqaCacheLayer(CacheLayerMixin):
+    """One `ContiguousLayer` as transformers' models call it. `keys` and `values` are views of the tokens held."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.block = ContiguousLayer(capacity)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.update(key_states[:, :, :0], value_states[:, :, :0])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = self.block.append(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.block.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.block.length
+
+    def get_max_length(self) -> int:
+        return -1  # transformers' word for: grows without end
+
+    def reset(self) -> None:
+        self.block.reset()
+        self._refresh()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """transformers counts backwards: -2 removes the last two tokens."""
+        self.block.crop(self.block.length - abs(tokens_to_remove))
+        self._refresh()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.block.select(indices)
+        self._refresh()
+
+    def offload(self) -> None:
+        raise GqaError("GqaCache stays on its device", hint='use cache_implementation="offloaded" for offloading')
+
+    def _refresh(self) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.block.views()
+
+
+class GqaCache(Cache):
+    """Our preallocated cache as `past_key_values=`: a step writes its token, where DynamicCache copies everything.
+
+    capacity: tokens to allocate at first; it grows by doubling beyond. Layers with a sliding window keep all tokens
+    here (their mask hides the old ones), so such a model's cache weighs more than the window asks for.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__(layer_class_to_replicate=partial(GqaCacheLayer, capacity))  # type: ignore[arg-type]
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the tokens held, over all layers: what `gqa plan` predicts for this many tokens."""
+        return sum(layer.block.nbytes_used for layer in self.layers if isinstance(layer, GqaCacheLayer))
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the blocks, used or not."""
+        return sum(layer.block.nbytes_allocated for layer in self.layers if isinstance(layer, GqaCacheLayer))
