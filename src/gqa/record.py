@@ -34,7 +34,9 @@ class Record:
     assumptions: tuple[str, ...] = ()
     machine: Mapping[str, Any] = dataclasses.field(default_factory=lambda: describe_machine())
     versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: describe_versions())
-    created: str = dataclasses.field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"))
+    created: str = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
+    )
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -51,16 +53,18 @@ def read_record(path: Path, command: str | None = None) -> Record:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         fields = {field.name for field in dataclasses.fields(Record)}
-        record = Record(**{name: document[name] for name in fields})
+        record = Record(**{name: document[name] for name in fields} | {"assumptions": tuple(document["assumptions"])})
     except FileNotFoundError:
         raise GqaError("no record at this path", got=path, hint="gqa study writes study.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise GqaError("not a record of gqa", got=f"{path}: {error}", allowed="a JSON file written by gqa") from None
+    if not all(isinstance(part, Mapping) for part in (record.inputs, record.results, record.basis)):
+        raise GqaError("not a record of gqa", got=path, allowed="a JSON file written by gqa")
     if record.schema != SCHEMA:
         raise GqaError("a record of another schema", got=record.schema, allowed=SCHEMA, hint="run the command again")
     if command is not None and record.command != command:
         raise GqaError(f"not a record of `gqa {command}`", got=f"a record of `gqa {record.command}`")
-    return dataclasses.replace(record, assumptions=tuple(record.assumptions))
+    return record
 
 
 def describe_machine() -> dict[str, Any]:
