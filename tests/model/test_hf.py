@@ -179,11 +179,18 @@ def test_the_cache_weighs_what_arithmetic_says(load):
     cache.crop(-3)
     assert cache.get_seq_length() == 8
     assert cache.nbytes_used == 2 * 8 * token
-    assert cache.layers[1].keys.shape == (2, 2, 8, 12)
-    cache.batch_repeat_interleave(2)
-    assert cache.layers[0].keys.shape == (4, 2, 8, 12)
-    cache.batch_select_indices(torch.tensor([0, 3, 1]))
-    assert cache.layers[0].values.shape == (3, 2, 8, 12)
+    for change, batch in (
+        (lambda: None, 2),
+        (lambda: cache.batch_repeat_interleave(2), 4),
+        (lambda: cache.batch_select_indices(torch.tensor([0, 3, 1])), 3),
+    ):
+        change()
+        for layer in cache.layers:
+            assert isinstance(layer, gqa.hf.GqaCacheLayer)
+            keys, values = layer.block.views()
+            assert keys.shape == values.shape == (batch, 2, 8, 12)
+            assert layer.keys is not None
+            assert torch.equal(layer.keys, keys)
     cache.reset()
     assert cache.get_seq_length() == 0
 

@@ -145,11 +145,15 @@ class GqaCache(Cache):
         super().__init__(layer_class_to_replicate=partial(GqaCacheLayer, capacity))  # type: ignore[arg-type]
 
     @property
+    def blocks(self) -> list[ContiguousLayer]:
+        return [layer.block for layer in self.layers if isinstance(layer, GqaCacheLayer)]
+
+    @property
     def nbytes_used(self) -> int:
         """Bytes of the tokens held, over all layers: what `gqa plan` predicts for this many tokens."""
-        return sum(layer.block.nbytes_used for layer in self.layers if isinstance(layer, GqaCacheLayer))
+        return sum(block.nbytes_used for block in self.blocks)
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of the blocks, used or not."""
-        return sum(layer.block.nbytes_allocated for layer in self.layers if isinstance(layer, GqaCacheLayer))
+        return sum(block.nbytes_allocated for block in self.blocks)
