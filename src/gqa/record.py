@@ -53,7 +53,9 @@ def read_record(path: Path, command: str | None = None) -> Record:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         fields = {field.name for field in dataclasses.fields(Record)}
-        record = Record(**{name: document[name] for name in fields} | {"assumptions": tuple(document["assumptions"])})
+        values: dict[str, Any] = {name: document[name] for name in fields}
+        values["assumptions"] = tuple(values["assumptions"])
+        record = Record(**values)
     except FileNotFoundError:
         raise GqaError("no record at this path", got=path, hint="gqa study writes study.json") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

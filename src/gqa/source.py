@@ -111,7 +111,6 @@ def _bundled_config(row: dict[str, str]) -> dict[str, Any]:
         "max_position_embeddings": int(row["context"]),
         "sliding_window": int(row["sliding_window"]) if row["sliding_window"] else None,
         "tie_word_embeddings": row["tied_embeddings"] == "yes",
-        "dtype": "bfloat16",
     }
     if row["kv_heads"] == "MLA":
         rank, rope_dim = row["head_dim"].split("+")
@@ -121,6 +120,8 @@ def _bundled_config(row: dict[str, str]) -> dict[str, Any]:
     for key, column in (("vocab_size", "vocab"), ("intermediate_size", "intermediate")):
         if row[column]:
             config[key] = int(row[column])
+    if row["quantised"]:
+        config["quantization_config"] = {"quant_method": row["quantised"]}
     for pair in row["more"].split():
         key, _, value = pair.partition("=")
         config[key] = value == "true" if value in ("true", "false") else int(value)

@@ -61,6 +61,20 @@ def test_defaults_are_the_models_own():
     assert set(record.basis.values()) == {"predicted"}
 
 
+def test_what_is_assumed_is_said():
+    def said(config, **question):
+        base = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+        base |= {"vocab_size": 50, "intermediate_size": 100, "max_position_embeddings": 100}
+        return " ".join(sweep.plan(parse_config(base | config, "x"), **question).assumptions)
+
+    assert "in bf16 (no dtype is told)" in said({})
+    assert "in fp16." in said({"dtype": "float16"})
+    assert "in int8 (stored in fp16)" in said({"dtype": "float16"}, weight_dtype="int8")
+    assert "up to 100 tokens; this one is longer" in said({}, context=101)
+    assert "longer" not in said({}, context=100)
+    assert "scales of an int8 cache" in said({}, kv_dtype="int8")
+
+
 def test_nothing_fits():
     record = sweep.plan(bundled("llama-3-70b"), device=find_device("L4"))
     assert not sweep.fits(record)
@@ -107,6 +121,7 @@ def test_quantised_weights_are_unknown_until_told():
     record = sweep.plan(parse_config(config, "quantised"), kv_heads=[8])
     assert record.results["settings"][0]["weight_bytes"] is None
     assert any("awq" in sentence for sentence in record.assumptions)
+    assert sweep.plan(bundled("gpt-oss-20b")).results["settings"][0]["weight_bytes"] is None
     told = sweep.plan(parse_config(config, "quantised"), kv_heads=[8], weight_dtype="int8")
     assert told.results["settings"][0]["weight_bytes"] == 8_030_261_248
 

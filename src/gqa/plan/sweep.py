@@ -193,9 +193,11 @@ def _assumptions(shape: ModelShape, job: _Job, ignore_windows: bool, settings: l
             f"Model type {shape.model_type!r} or its config does not tell all parameters; what needs them is unknown."
         )
     else:
-        assumed = "" if shape.weight_dtype == job.weight_dtype else ", which is not what the config says"
-        assumed = assumed if shape.weight_dtype else ", assumed as the config does not say"
-        said.append(f"Weights are counted from the shape in {job.weight_dtype}{assumed}.")
+        stored = shape.weight_dtype or shape.quantised
+        note = "" if stored == job.weight_dtype else f" (stored in {stored})" if stored else " (no dtype is told)"
+        said.append(f"Weights are counted from the shape in {job.weight_dtype}{note}.")
+    if shape.context and job.context > shape.context:
+        said.append(f"The model was made for contexts of up to {shape.context:,} tokens; this one is longer.")
     if shape.is_latent:
         said.append(
             "Latent attention has no KV-head dial; as MHA is what its heads would take without the shared latent."
