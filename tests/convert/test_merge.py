@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers.heads import contributions, random_heads, scores, scrambled_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa.convert import merge
 from gqa.convert.heads import Heads
-from helpers.heads import contributions, random_heads, scores, scrambled_copies
+
+SIZES = [(2, 1, 4, 4, 12), (4, 3, 6, 6, 20), (8, 1, 16, 8, 32), (3, 2, 2, 6, 5)]
 
 
 def moment_of(x):
@@ -16,7 +18,7 @@ def moment_of(x):
 
 @pytest.mark.parametrize("method", ["svd", "procrustes"])
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
-@pytest.mark.parametrize(("r", "G", "D", "Dv", "d"), [(2, 1, 4, 4, 12), (4, 3, 6, 6, 20), (8, 1, 16, 8, 32), (3, 2, 2, 6, 5)])
+@pytest.mark.parametrize(("r", "G", "D", "Dv", "d"), SIZES)
 def test_scrambled_copies_merge_without_loss(method, calibrated, r, G, D, Dv, d):
     one = random_heads(1, G, D, Dv, d, E=d + 1)
     group = scrambled_copies(one, r)

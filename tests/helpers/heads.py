@@ -41,7 +41,7 @@ def scrambled_copies(one: Heads, r: int, seed=0) -> Heads:
 
 def scores(heads: Heads, x):
     """Scores of every query head under the rotary embedding: x (T, E) -> (query heads, T, T)."""
-    H, G, D, E = heads.q.shape
+    H, G, D = heads.q.shape[:3]
     angles = torch.arange(len(x), dtype=torch.float64)[:, None] * (0.7 ** torch.arange(D // 2, dtype=torch.float64))
     turn = torch.polar(torch.ones_like(angles), angles).T  # (F, T)
     q = to_pairs(heads.q @ x.T) * turn
@@ -51,5 +51,5 @@ def scores(heads: Heads, x):
 
 def contributions(heads: Heads, x):
     """What every query head would add to the output for attending to one token: (query heads, d, T)."""
-    H, G, d, Dv = heads.o.shape
+    H, G, d = heads.o.shape[:3]
     return torch.einsum("hgdv,hve,te->hgdt", heads.o, heads.v, x).reshape(H * G, d, len(x))

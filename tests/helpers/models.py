@@ -27,7 +27,7 @@ def tiny_llama(kv_heads=2, query_heads=8, *, layers=2, bias=False, tied=False, d
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config).to(dtype=dtype).eval()  # type: ignore[call-overload]
     with torch.no_grad():  # transformers starts biases at zero, which would test nothing
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

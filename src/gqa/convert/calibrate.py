@@ -18,7 +18,7 @@ from torch import Tensor, nn
 BATCH = 8
 
 
-class _Stop(Exception):
+class _SeenError(Exception):
     """Leaves a forward pass once what was wanted has been seen."""
 
 
@@ -44,11 +44,11 @@ class Block:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         fields = dict(config)
-        whole = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        whole = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
         # Layers may differ (sliding windows): the single layer that is built must be of this layer's kind.
         kinds = getattr(whole, "layer_types", None)
         single = {**config, "num_hidden_layers": 1} | ({"layer_types": [kinds[layer]]} if kinds else {})
-        single_config = AutoConfig.for_model(single.pop("model_type"), **single)
+        single_config = AutoConfig.for_model(str(single.pop("model_type")), **single)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(single_config, attn_implementation="sdpa", dtype=dtype)
         model.eval()
@@ -93,7 +93,7 @@ class Block:
             if output:
                 first = output[0][0] if isinstance(output[0], tuple) else output[0]
             seen.append((first, kwargs))
-            raise _Stop
+            raise _SeenError
 
         if before:
             handle = module.register_forward_pre_hook(catch, with_kwargs=True)
@@ -101,7 +101,7 @@ class Block:
             handle = module.register_forward_hook(catch, with_kwargs=True)
         try:
             self.decoder(inputs_embeds=hidden, use_cache=False)
-        except _Stop:
+        except _SeenError:
             return seen[0]
         finally:
             handle.remove()

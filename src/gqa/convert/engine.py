@@ -90,7 +90,7 @@ class Engine:
             refine.refit(student, inputs, targets)
             report["output_error"] = refine.output_error(student, inputs, targets)
         self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
-        return self._attention_of(student), report
+        return self._attention_of(layer, student), report
 
     def replay(self, layer: int, weights: AttentionWeights) -> None:
         """Advance the calibration activations through a layer that is converted already."""
@@ -114,7 +114,9 @@ class Engine:
 
     def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
         prefix = self.layout.layer_prefix(layer)
-        tensors = {n.removeprefix(prefix): self.checkpoint.read(n) for n in self.checkpoint.names if n.startswith(prefix)}
+        tensors = {
+            n.removeprefix(prefix): self.checkpoint.read(n) for n in self.checkpoint.names if n.startswith(prefix)
+        }
         attention_tensors = self.layout.attention_tensors(layer, attention)
         tensors |= {n.removeprefix(prefix): tensor for n, tensor in attention_tensors.items()}
         return Block(
@@ -127,11 +129,13 @@ class Engine:
             dtype=self.dtype,
         )
 
-    def _attention_of(self, block: Block) -> AttentionWeights:
-        projections = {role: block.block.get_submodule(path) for role, path in self.layout.modules.items()}
-        weights = {role: module.weight for role, module in projections.items()}
-        biases = {f"{role}_bias": module.bias for role, module in projections.items()}
-        return AttentionWeights(**{name: None if t is None else t.detach() for name, t in (weights | biases).items()})
+    def _attention_of(self, layer: int, block: Block) -> AttentionWeights:
+        prefix = self.layout.layer_prefix(layer)
+        state = {prefix + name: tensor for name, tensor in block.block.state_dict().items()}
+        fields = {
+            name: state.get(self.layout.tensor_name(layer, name)) for name in AttentionWeights.__dataclass_fields__
+        }
+        return AttentionWeights(**fields)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -84,10 +84,9 @@ def svd(group: Heads, moment: Tensor | None, generator: torch.Generator) -> Head
     tokens (a singular C) and exactly equal heads (a rank of Dv) are no special cases. A scale per group keeps the
     size of the parent's K and V. Source: ours; the V/O half goes back to Yu et al. 2024, arXiv 2406.07056.
     """
-    r, G, D, E = group.q.shape
+    r, Dv, E = group.v.shape
     weighted, frames = value_paths(group)
     gram = value_gram(weighted, moment)
-    Dv = group.v.shape[1]
     top = torch.linalg.eigh(gram.reshape(r * Dv, r * Dv)).eigenvectors[:, -Dv:]
     value = top.T @ weighted.reshape(r * Dv, E)
     output = frames @ top.view(r, 1, Dv, Dv)

@@ -1,0 +1,167 @@
+"""`gqa study`: the whole path over the dial, in one run, as one record and one page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gqa.cli import output
+from gqa.errors import GqaError
+from gqa.progress import Progress
+from gqa.record import Record, write_text_atomic
+from gqa.units import format_bytes, format_seconds, parse_tokens
+
+if TYPE_CHECKING:
+    from gqa.source import Source
+    from gqa.study.corpus import StudyText
+
+_EXAMPLES = """
+gqa study
+gqa study ./my-mha-model --text corpus.txt --out my-study
+gqa study ./my-mha-model --text corpus.txt --kv-heads 8,4 --uptrain-tokens 1M --json
+"""
+
+_WINDOW = 256
+_FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 2305.13245
+
+
+@click.command(cls=output.Command, examples=_EXAMPLES)
+@click.argument("model", required=False)
+@click.option(
+    "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to study MODEL on; repeatable."
+)
+@click.option("--out", type=click.Path(path_type=Path), default="study", show_default=True, help="Folder of results.")
+@click.option("--kv-heads", metavar="N,N,...", help="Stops of the dial.  [default: every divisor below the parent's]")
+@click.option(
+    "--uptrain-tokens", metavar="N", help="Per child, 0 for none.  [default: 5 % of the parent's training, if known]"
+)
+@click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@output.json_option
+def command(
+    model: str | None,
+    texts: tuple[Path, ...],
+    out: Path,
+    kv_heads: str | None,
+    uptrain_tokens: str | None,
+    window: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Turn the KV-head dial and see what each setting saves and costs.
+
+    Without MODEL, a small multi-head Llama is trained on the spot on the source text of Python's standard library.
+    For every setting of the dial the model is converted, evaluated, uptrained and evaluated again, its cache
+    measured and its decoding timed. The folder OUT gets study.json and report.html. A study that was stopped goes
+    on when the same command is given again.
+    """
+    stops = parse_stops(kv_heads)
+    wanted = None if uptrain_tokens is None else 0 if uptrain_tokens.strip() == "0" else parse_tokens(uptrain_tokens)
+    if model is None and texts:
+        raise GqaError("--text needs a MODEL to study", hint="gqa study MODEL --text FILE")
+    if model is not None and not texts:
+        raise GqaError("a study needs text to measure on", hint=f"gqa study {model} --text FILE")
+
+    from gqa.report.page import render
+    from gqa.study.pipeline import run
+
+    started = time.perf_counter()
+    with output.progress() as progress:
+        if model is None:
+            source, text, training = _embedded(window, seed, progress)
+        else:
+            source, text, training = _own(model, texts, window, seed)
+        tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
+        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens)
+        record = run(source, text, out, settings, progress, training=training)
+    page = out / "report.html"
+    write_text_atomic(page, render(record))
+    if as_json:
+        output.record(record)
+    else:
+        print_tables(record)
+    output.note(
+        f"done in {format_seconds(time.perf_counter() - started)}; the page: {page}, the record: {out / 'study.json'}"
+    )
+
+
+def parse_stops(text: str | None) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4)"""
+    if text is None:
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise GqaError("--kv-heads is not a list of numbers", got=repr(text), hint="--kv-heads 1,2,4") from None
+
+
+def print_tables(record: Record) -> None:
+    """What the dial saves, and what it costs."""
+    results = record.results
+    times = {(row["kv_heads"], row["context_tokens"]): row["seconds_per_token_p50"] for row in results["decode"]}
+    longest = max((context for _, context in times), default=None)
+    rows = []
+    for setting in results["settings"]:
+        heads = setting["kv_heads"]
+        rows.append(
+            {
+                "KV heads": str(heads),
+                "cache per token": format_bytes(setting["kv_bytes_per_token"]),
+                "cache is": f"{setting['kv_cache_saving_ratio']:.0f}x smaller",
+                f"decode at {longest} tokens": format_seconds(times[heads, longest]) if longest else "-",
+            }
+        )
+    output.table(rows, title="\nWhat each setting saves (cache predicted = measured to the byte; decoding measured)")
+    scores = {(row["kv_heads"], row["method"], row["stage"]): row for row in results["quality"]}
+    rows = []
+    for heads in [setting["kv_heads"] for setting in results["settings"]][1:]:
+        for method in ("mean", "svd", "svd+refine"):
+            converted, uptrained = (scores.get((heads, method, stage)) for stage in ("converted", "uptrained"))
+            if converted is None:
+                continue
+            share = converted["share_of_mean_loss"]
+            rows.append(
+                {
+                    "KV heads, method": f"{heads:>2}  {method}",
+                    "perplexity converted": f"{converted['perplexity']:.2f}",
+                    "uptrained": f"{uptrained['perplexity']:.2f}" if uptrained else "-",
+                    "loss of mean's": "1"
+                    if method == "mean"
+                    else f"1/{1 / share:.0f}"
+                    if share and share > 0
+                    else "none",
+                    "same top token": f"{converted['top1_agreement']:.1%}",
+                }
+            )
+    parent, control = results["parent"], results["control"]
+    title = f"\nWhat each setting costs (measured; parent {parent['perplexity']:.2f}"
+    title += f", parent continued like the children {control['perplexity']:.2f})" if control else ")"
+    output.table(rows, title=title)
+
+
+def _embedded(window: int | None, seed: int, progress: Progress) -> tuple[Source, StudyText, dict[str, Any]]:
+    from gqa.source import open_checkpoint
+    from gqa.study.corpus import from_corpus
+    from gqa.study.embedded import embedded_parent, stdlib_corpus
+
+    corpus = stdlib_corpus()
+    parent = embedded_parent(progress=progress, corpus=corpus)
+    text = from_corpus(corpus, parent.folder, window or _WINDOW, seed)
+    training = {"train_tokens": parent.train_tokens, "train_seconds": parent.train_seconds}
+    return open_checkpoint(str(parent.folder)), text, training
+
+
+def _own(
+    model: str, texts: tuple[Path, ...], window: int | None, seed: int
+) -> tuple[Source, StudyText, dict[str, Any]]:
+    from gqa.config import parse_config
+    from gqa.source import open_checkpoint
+    from gqa.study.corpus import from_files
+
+    source = open_checkpoint(model)
+    assert source.folder is not None
+    context = parse_config(source.config, source.name).context or _WINDOW
+    return source, from_files(texts, source.folder, window or min(_WINDOW, context), seed), {}
