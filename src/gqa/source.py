@@ -92,9 +92,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-# ---- bundled shapes
-
-
 @functools.cache
 def _bundled_rows() -> dict[str, dict[str, str]]:
     text = importlib.resources.files("gqa").joinpath("data", "models.csv").read_text("utf-8")
@@ -146,9 +143,6 @@ def _unknown(model: str) -> GqaError:
         if close
         else "gqa plan --models lists them",
     )
-
-
-# ---- paths and the hub
 
 
 def _existing_path(model: str) -> Path | None:

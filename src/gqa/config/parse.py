@@ -122,8 +122,6 @@ class _Parser:
             details=self.details(),
         )
 
-    # ---- attention
-
     def refuse_unknown(self) -> None:
         for key, value in self.config.items():
             known = key in KV_HEADS
@@ -212,8 +210,6 @@ class _Parser:
         row = latent.kv_rank + latent.rope_dim
         return (LayerShape("mla", heads, 1, row, latent.kv_rank),) * count
 
-    # ---- everything else
-
     def experts(self, count: int, intermediate: int | None) -> Experts | None:
         total = self.number_or_none(EXPERTS, MAX_HEADS, least=0) or 0
         if total <= 1 or intermediate is None:
@@ -266,8 +262,6 @@ class _Parser:
         if not value:
             return None
         return str(value.get("quant_method", "unknown")) if isinstance(value, Mapping) else "unknown"
-
-    # ---- reading values
 
     def number(self, keys: tuple[str, ...], most: int, least: int = 1) -> int:
         value = self.number_or_none(keys, most, least)
