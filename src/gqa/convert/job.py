@@ -81,22 +81,23 @@ class Job:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """An estimate, beside the 0.4 GiB that Python and torch take themselves.
+        """An estimate, beside the 0.4 GiB that Python and its libraries take.
 
-        Without calibration: one attention in float64, parent's and child's, and as much again for what the closed
-        forms make of it. With it: also a whole block of parent and child in float32, the hidden states of both and
-        one attention input and target for every token, and the covariance with its roots. Refining adds gradients and
-        two moments of Adam for one attention.
+        Without calibration: one attention in float64, parent's and child's, and what the closed forms make of it.
+        With it: also a whole block of parent and child in float32, the covariance and its roots in float64, and about
+        ten numbers per token and hidden dimension (hidden states, inputs and targets, before and after the block).
+        Refining adds gradients and two moments of Adam for one attention. The factors are fitted to measured peaks.
         """
         attention = max((sum(_numbers(e) for e in self._attention(layer)) for layer in self.changes), default=0)
-        peak = 4 * attention * _WORK_BYTES
-        if self.recipe.windows:
+        peak = 5 * attention * _WORK_BYTES
+        if self.recipe.windows and not self.identity:
             hidden = self.parent.hidden
             prefix = self.layout.layer_prefix(0)
             block = sum(_numbers(self.checkpoint.entry(n)) for n in self.checkpoint.names if n.startswith(prefix))
             tokens = self.recipe.windows * self.recipe.window
-            peak += 2 * block * 4 + 6 * tokens * hidden * 4 + 4 * hidden * hidden * _WORK_BYTES
-        if self.recipe.refine_tokens:
+            peak += 2 * block * 4 + 10 * tokens * hidden * 4 + 4 * hidden * hidden * _WORK_BYTES
+            peak = max(peak, self.checkpoint.entry(self.layout.embedding).nbytes + tokens * hidden * 4)
+        if self.recipe.refine_tokens and not self.identity:
             peak += 3 * attention * 4
         return peak
 

@@ -21,6 +21,9 @@ from gqa.weights.writer import write_index
 REPORT = "gqa-conversion.json"
 _FORMAT = 1
 
+# As people write them; others keep the name they have in the file.
+DTYPE_NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
 # Beside the weights only what describes a model travels: no pickle, no code, no other format's weights.
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".spm", ".vocab", ".bpe")
 _SMALL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -84,7 +87,7 @@ def describe(
         "tensors_changed": sum(layer["tensors_changed"] for layer in layers),
         "bytes_parent": job.checkpoint.nbytes,
         "bytes": job.output_bytes,
-        "kv_dtype": key.dtype,
+        "kv_dtype": DTYPE_NAMES.get(key.dtype, key.dtype),
         "kv_bytes_per_token_parent": _kv_bytes_per_token(job.parent, key),
         "kv_bytes_per_token": _kv_bytes_per_token(job.child, key),
         "layers": list(layers),

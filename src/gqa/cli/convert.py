@@ -1,0 +1,206 @@
+"""`gqa convert`: a multi-head checkpoint in, a grouped-query one out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gqa.cli import output
+from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, Recipe, make_recipe
+from gqa.record import Record
+from gqa.units import format_bytes, format_seconds, parse_tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gqa.source import Source
+
+# Windows as in the trials behind the defaults; a shorter context bounds it.
+_WINDOW = 256
+
+_BASIS = {
+    "bytes": "measured",
+    "bytes_parent": "measured",
+    "seconds": "measured",
+    "output_error": "measured",
+    "kv_bytes_per_token": "predicted",
+    "kv_bytes_per_token_parent": "predicted",
+}
+_PLAN_BASIS: dict[str, str] = dict.fromkeys(("bytes", "free_space_needed_bytes", "peak_memory_bytes_estimate"), "predicted")
+
+_EXAMPLES = """
+gqa convert ./my-mha-model ./my-gqa-model --kv-heads 8 --calibrate corpus.txt
+gqa convert ./my-mha-model ./my-mqa-model --kv-heads 1 --calibrate corpus.txt --refine 32k
+gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-run
+"""
+
+
+@click.command(cls=output.Command, examples=_EXAMPLES)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--kv-heads", type=int, required=True, help="KV heads of the result: a divisor of the parent's.")
+@click.option("--method", type=click.Choice(METHODS), default="svd", show_default=True, help="How heads are merged.")
+@click.option(
+    "--calibrate",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="Text like what the model will read; may be given several times.",
+)
+@click.option("--calibration-tokens", default="32k", show_default=True, metavar="N", help="Tokens of it to look at.")
+@click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
+@click.option("--refine", metavar="TOKENS", help="Train each attention against the parent's on that many tokens.")
+@click.option("--refine-steps", type=int, default=120, show_default=True, help="Steps of that training per layer.")
+@click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
+@click.option("--refit/--no-refit", default=None, help="Fit W_o to the parent's output.  [default: by method]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@output.json_option
+def command(
+    model: str,
+    out: Path,
+    kv_heads: int,
+    method: Any,
+    texts: tuple[Path, ...],
+    calibration_tokens: str,
+    window: int | None,
+    refine: str | None,
+    refine_steps: int,
+    grouping: Any,
+    refit: bool | None,
+    seed: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint MODEL with fewer KV heads to the new folder OUT.
+
+    svd, the default, keeps the best shared subspace of each group of heads; with --calibrate it weighs every error
+    by what the text makes of it, and --refine takes back most of what is then left. mean, first and random are the
+    published baselines. A run that was stopped goes on when the same command is given again.
+    """
+    from gqa.config import parse_config
+    from gqa.convert.job import plan_conversion
+    from gqa.source import open_checkpoint
+    from gqa.text import read_text
+
+    source = open_checkpoint(model)
+    context = parse_config(source.config, source.name).context or _WINDOW
+    refine_tokens = parse_tokens(refine) if refine else 0
+    recipe = make_recipe(
+        kv_heads,
+        method,
+        grouping=grouping,
+        refit=refit,
+        refine_tokens=refine_tokens,
+        refine_steps=refine_steps,
+        calibration_tokens=max(parse_tokens(calibration_tokens), refine_tokens) if texts else 0,
+        window=min(_WINDOW, context) if window is None else window,
+        seed=seed,
+    )
+    job = plan_conversion(source, recipe)
+    text = read_text(texts) if texts else ""
+    _advise(recipe, job.identity)
+    inputs = {"model": model, "out": str(out), "texts": [str(path) for path in texts], "recipe": recipe.to_dict()}
+    if dry_run:
+        plan = job.describe()
+        if as_json:
+            output.record(Record("convert", {**inputs, "dry_run": True}, plan, _PLAN_BASIS))
+        else:
+            _print_plan(plan, out)
+        return
+
+    from gqa.convert.run import convert
+
+    windows = None
+    if recipe.windows and not job.identity:
+        recipe, windows = _cut(recipe, source, text)
+    with output.progress() as progress:
+        report = convert(source, out, recipe, windows, progress, texts=[str(path) for path in texts])
+    if as_json:
+        inputs["recipe"] = recipe.to_dict()
+        output.record(Record("convert", inputs, report, _BASIS, tuple(report["approximations"])))
+    else:
+        _print_report(report)
+    text_name = texts[0] if texts else "FILE"
+    output.note(f"next: gqa eval {out} --text {text_name} --parent {model}   (best on text that was not used here)")
+
+
+def _advise(recipe: Recipe, identity: bool) -> None:
+    if identity:
+        output.note("note: the parent has that many KV heads already; every tensor is copied")
+    elif recipe.baseline and recipe.calibration_tokens:
+        output.note(f"note: {recipe.method} alone looks at no text; --refit or --refine would")
+    elif recipe.method not in BASELINES and not recipe.calibration_tokens:
+        output.note("note: without calibration text more is lost than need be; --calibrate FILE takes any plain text")
+
+
+def _cut(recipe: Recipe, source: Source, text: str) -> tuple[Recipe, np.ndarray]:
+    """Text -> windows, and the recipe with the tokens that there really are."""
+    from gqa.text import load_tokenizer, token_windows
+
+    assert source.folder is not None
+    windows = token_windows(text, load_tokenizer(source.folder), recipe.window, recipe.windows, recipe.seed)
+    if len(windows) == recipe.windows:
+        return recipe, windows
+    have = windows.size
+    output.note(
+        f"note: the text has {have} tokens in whole windows, fewer than the {recipe.calibration_tokens} asked for"
+    )
+    fewer = {name: min(getattr(recipe, name), have) for name in ("calibration_tokens", "refine_tokens")}
+    return dataclasses.replace(recipe, **fewer), windows
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    done = "was converted already" if report["already_done"] else f"took {format_seconds(report['seconds'])}"
+    changed = f"{report['tensors_changed']} of {report['tensors']} tensors changed"
+    output.data(f"{report['out']}: {report['recipe']['method']}, {changed}, {done}")
+    pairs = (
+        ("KV heads", "kv_heads", str),
+        (f"KV cache per token, {report['kv_dtype']} (predicted)", "kv_bytes_per_token", format_bytes),
+        ("weight files (measured)", "bytes", format_bytes),
+    )
+    output.table(
+        [
+            {"": what, "parent": form(report[f"{name}_parent"]), "converted": form(report[name])}
+            for what, name, form in pairs
+        ]
+    )
+    errors = [(layer["output_error"], layer["layer"]) for layer in report["layers"] if "output_error" in layer]
+    if errors:
+        mean, (worst, where) = sum(error for error, _ in errors) / len(errors), max(errors)
+        output.data(
+            f"attention output error on the calibration text (relative mean squared, measured): "
+            f"mean {mean:.3%}, worst {worst:.3%} in layer {where}"
+        )
+
+
+def _print_plan(plan: dict[str, Any], out: Path) -> None:
+    def what(layer: dict[str, Any]) -> tuple[Any, ...]:
+        heads = f"{layer['kv_heads_parent']} -> {layer['kv_heads']}"
+        return heads, ", ".join(layer["steps"]), layer["bytes_read"], layer["bytes_written"]
+
+    rows = []
+    for (heads, steps, read, written), layers in itertools.groupby(plan["layers"], what):
+        numbers = [layer["layer"] for layer in layers]
+        rows.append(
+            {
+                "layers": f"{numbers[0]}-{numbers[-1]}",
+                "KV heads": heads,
+                "reads, each": format_bytes(read),
+                "writes, each": format_bytes(written),
+                "steps": steps,
+            }
+        )
+    output.table(rows, title=f"{plan['model']} -> {out} (a plan; nothing is written)")
+    files = len(plan["shards"])
+    output.data(f"copied byte for byte: {plan['tensors_copied']} of {plan['tensors']} tensors")
+    output.data(
+        f"weight files: {files}, {format_bytes(plan['bytes_parent'])} -> {format_bytes(plan['bytes'])}; "
+        f"free space needed {format_bytes(plan['free_space_needed_bytes'])}"
+    )
+    output.data(f"memory: about {format_bytes(plan['peak_memory_bytes_estimate'])} beside the libraries (estimate)")
