@@ -66,7 +66,7 @@ def command(
         raise GqaError("a study needs text to measure on", hint=f"gqa study {model} --text FILE")
 
     from gqa.report.page import render
-    from gqa.study.pipeline import run
+    from gqa.study.pipeline import Settings, run
 
     started = time.perf_counter()
     with output.progress() as progress:
