@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 
 import click
@@ -67,10 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
         output.error(GqaError(error.format_message(), hint=f"{path} --help"))
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        output.note(f"interrupted; to go on: gqa {' '.join(arguments)}")
+        output.note(f"interrupted; to go on: gqa {shlex.join(arguments)}")
         code = 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): say nothing, and keep Python from flushing into it at exit.
         sys.stdout = None
         code = 0
+    except OSError as error:
+        if error.errno is None:  # not the system speaking, but a library: a bug of ours, to be seen whole
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        output.error(GqaError("a file could not be read or written", got=f"{place}{error.strerror}"))
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)

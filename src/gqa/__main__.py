@@ -1,0 +1,6 @@
+"""`python -m gqa` is `gqa`."""
+
+from gqa.cli.main import main
+
+if __name__ == "__main__":
+    main()
