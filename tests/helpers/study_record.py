@@ -108,7 +108,7 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
 
 def study_record(results: dict[str, Any] | None = None, **changes: Any) -> Record:
     """The synthetic study; `changes` replace whole tables or objects of its results, None takes one out."""
-    merged = {**(results or study_results()), **changes}
+    merged = {**(study_results() if results is None else results), **changes}
     return Record(
         command="study",
         inputs={"model": None, "text": [], "tokens": 900_000, "fraction": 0.05, "seed": 0},

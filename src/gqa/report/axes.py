@@ -67,7 +67,8 @@ def rounded(title: str, values: Sequence[float], label: Callable[[float], str]) 
     low, high = low / margin, high * margin
     ticks: list[float] = []
     if high / low > 2.5:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        decades = range(first, last + 1, math.ceil((last - first + 1) / MOST_TICKS))
         for figures in ROUND:
             finer = [f * 10.0**d for d in decades for f in figures if low <= f * 10.0**d <= high]
             ticks = finer if len(finer) <= MOST_TICKS else ticks

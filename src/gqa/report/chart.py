@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from gqa.report.axes import Axis
 
 FONT_SIZE, LINE = 12.5, 15
+MARK, MANY = 52, 12  # area of a mark, which is made smaller where there are many
+FAR = 60  # pixels from which on a lead from a line to its name would disturb
 TOP, BOTTOM = 30, 46  # room for the y title above the panel, ticks and x title below
 
 
@@ -67,7 +70,8 @@ def panel(x: Axis, y: Axis, series: Sequence[Series], rules: Sequence[Rule] = ()
     layers = [_rule(alt, x, y, rule, width, frame.height) for rule in rules]
     for one in series:
         layers += _series(alt, x, y, one)
-    layers += [_name(alt, end) for end in ends]
+    keyed = any(end.far for end in ends)
+    layers += [_name(alt, end, keyed) for end in ends]
     layers += [_inside_name(alt, y, rule, frame.height) for rule in rules if rule.inside]
     chart = (
         alt.layer(*layers)
@@ -140,21 +144,26 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-    """A name at the right: its text and colour, where its line ends and where the name lies, in pixels."""
+    """A name at the right: its text, colour and mark, where its line ends and where the name lies, in pixels."""
 
     text: str
     color: str
+    shape: str | None
     from_x: float
     from_y: float
     x: float
     y: float
 
+    @property
+    def far(self) -> bool:
+        return math.hypot(self.x - self.from_x, self.y - self.from_y) > FAR
+
 
 def _ends(x: Axis, y: Axis, series: Sequence[Series], rules: Sequence[Rule], width: int, height: int) -> list[_End]:
-    lasts = [(s.name, s.color, max(s.line, key=lambda p: x.place(p[0]))) for s in series if s.line]
-    ends = [(name, color, x.place(a) * width, (1 - y.place(b)) * height) for name, color, (a, b) in lasts]
-    ends += [(r.name, r.color, float(width), (1 - y.place(r.y)) * height) for r in rules if not r.inside]
-    places = spread([end[3] for end in ends], LINE, 4, height - 2)
+    lasts = [(s, max(s.line, key=lambda p: x.place(p[0]))) for s in series if s.line]
+    ends = [(s.name, s.color, s.shape, x.place(a) * width, (1 - y.place(b)) * height) for s, (a, b) in lasts]
+    ends += [(r.name, r.color, None, float(width), (1 - y.place(r.y)) * height) for r in rules if not r.inside]
+    places = spread([end[-1] for end in ends], LINE, 4, height - 2)
     return [_End(*end, x=width + 16, y=place) for end, place in zip(ends, places, strict=True)]
 
 
@@ -182,8 +191,9 @@ def _series(alt: Any, x: Axis, y: Axis, one: Series) -> list[Any]:
         layers.append(bars.encode(**encodings, y2="y2:Q"))
     for marks, fill in ((one.points, one.color), (one.hollow, "var(--paper)")):
         if marks:
+            size = MARK if len(marks) <= MANY else MARK / 4
             dots = _data(alt, marks).mark_point(
-                shape=one.shape, size=52, fill=fill, stroke=one.color, strokeWidth=1.6, opacity=1
+                shape=one.shape, size=size, fill=fill, stroke=one.color, strokeWidth=1.6, opacity=1
             )
             layers.append(dots.encode(**encodings))
     return layers
@@ -195,10 +205,14 @@ def _rule(alt: Any, x: Axis, y: Axis, rule: Rule, width: int, height: int) -> An
     return mark.encode(x=alt.value(0), x2=alt.value(width), y=alt.value(place), y2=alt.value(place))
 
 
-def _name(alt: Any, end: _End) -> Any:
+def _name(alt: Any, end: _End, keyed: bool) -> Any:
+    """The name of a line, with a lead from the line's end, or with its mark where leads would run across the panel."""
     values = alt.Chart(alt.Data(values=[{}]))
     text = values.mark_text(align="left", baseline="middle", fontSize=FONT_SIZE, color=end.color)
     named = text.encode(x=alt.value(end.x), y=alt.value(end.y), text=alt.value(end.text))
+    if keyed and end.shape:
+        key = values.mark_point(shape=end.shape, size=MARK, fill=end.color, stroke=end.color, opacity=1)
+        return named + key.encode(x=alt.value(end.x - 10), y=alt.value(end.y))
     if abs(end.y - end.from_y) < 3 and end.x - end.from_x < 20:
         return named
     lead = values.mark_rule(color=end.color, strokeWidth=0.8, opacity=0.6)

@@ -83,6 +83,7 @@ def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
         "perplexity_note": note,
         **_cache(study, kv_heads),
         **_decode(study, kv_heads),
+        **_fits(study, kv_heads, ""),  # the words for a gap, where the record has no device
         "fits": {device: _fits(study, kv_heads, device) for device in study.devices},
         **{
             f"{method}/{stage}": _text(study.figure(kv_heads, method, stage, "perplexity"), words.significant)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from gqa.report import axes, words
 from gqa.report.bars import Bar, bars
 from gqa.report.chart import Frame, Rule, Series, panel
-from gqa.report.reading import STAGES, Study, number, points
+from gqa.report.reading import STAGES, Study, number, points, positive
 from gqa.report.tables import Table, rows_table
 from gqa.units import format_bytes, format_seconds
 
@@ -42,15 +42,15 @@ def cost_figures(study: Study) -> list[Figure]:
     return [figure for figure in (_quality(study), _share(study), _layers(study)) if figure]
 
 
-def _memory(study: Study) -> Figure:
-    rates = {n: number(study.setting(n), "kv_bytes_per_token") for n in study.stops}
+def _memory(study: Study) -> Figure | None:
+    rates = {n: positive(study.setting(n), "kv_bytes_per_token") for n in study.stops}
     measured = {n: list(points(study.decode_rows(n), "context_tokens", "cache_bytes_measured")) for n in study.stops}
     memory = _apart(study.devices)
     longest = {
         n: [
             (most, size)
             for device, size in memory.items()
-            if (most := number(study.capacity_row(n, device), "max_context_tokens"))
+            if (most := positive(study.capacity_row(n, device), "max_context_tokens"))
         ]
         for n in study.stops
     }
@@ -67,6 +67,8 @@ def _memory(study: Study) -> Figure:
         for n, rate in rates.items()
         if rate
     ]
+    if not series:
+        return None
     drawn = [b for one in series for _, b in (*one.points, *one.hollow, *one.path)]
     if memory:  # nothing is learned from caches that no device could hold
         drawn = [min(size, 2 * max(memory.values())) for size in drawn]
@@ -127,7 +129,7 @@ def _decode(study: Study) -> Figure | None:
             spreads=[
                 (row["context_tokens"], low, high)
                 for row in rows
-                if (low := number(row, "seconds_per_token_p20")) and (high := number(row, "seconds_per_token_p80"))
+                if (low := positive(row, "seconds_per_token_p20")) and (high := positive(row, "seconds_per_token_p80"))
             ],
         )
         for n in study.stops
@@ -157,7 +159,7 @@ def _decode(study: Study) -> Figure | None:
 
 
 def _quality(study: Study) -> Figure | None:
-    parent, control = number(study.parent, "perplexity"), number(study.control, "perplexity")
+    parent, control = positive(study.parent, "perplexity"), positive(study.control, "perplexity")
     drawn: dict[str, list[Series]] = {}
     for stage in STAGES:
         drawn[stage] = []
@@ -243,7 +245,7 @@ def _layers(study: Study) -> Figure | None:
     for n in study.stops:
         for method in study.methods:
             rows = [row for row in study.layers if (row["kv_heads"], row.get("method")) == (n, method)]
-            marks = [(a, b) for a, b in points(rows, "layer", "output_error") if b > 0]
+            marks = list(points(rows, "layer", "output_error"))
             if marks:
                 drawn.setdefault(n, []).append(
                     Series(words.short_name(method), *_method_style(method), points=sorted(marks))

@@ -48,6 +48,9 @@ class Study:
         tables["settings"] = tuple(sorted(tables["settings"], key=lambda row: -row["kv_heads"]))
         if not tables["settings"]:
             raise GqaError("a study's record without any setting of KV heads", hint="run gqa study again")
+        strange = [row["kv_heads"] for row in tables["settings"] if parent["query_heads"] % row["kv_heads"]]
+        if strange:
+            raise GqaError(f"{strange[0]} KV heads do not divide the {parent['query_heads']} query heads of the record")
         return cls(record, parent, control if isinstance(control, Mapping) else {}, **tables)
 
     @property
@@ -81,7 +84,7 @@ class Study:
         """One figure of the quality table, None where it was not measured."""
         for row in self.quality:
             if (row["kv_heads"], row.get("method"), row.get("stage")) == (kv_heads, method, stage):
-                return number(row, name)
+                return positive(row, name) if name == "perplexity" else number(row, name)
         return None
 
     def best(self, kv_heads: int, stages: Sequence[str] = STAGES) -> tuple[float, str, str] | None:
@@ -108,13 +111,13 @@ class Study:
     def decode_seconds(self, kv_heads: int) -> float | None:
         """Median decode time per token at the longest common context."""
         rows = [row for row in self.decode_rows(kv_heads) if row["context_tokens"] == self.longest_context]
-        return number(rows[0], "seconds_per_token_p50") if rows else None
+        return positive(rows[0], "seconds_per_token_p50") if rows else None
 
     @property
     def devices(self) -> dict[str, float]:
         """Device -> memory in bytes, smallest first."""
-        found = {str(row.get("device")): number(row, "memory_bytes") for row in self.capacity}
-        known = {device: memory for device, memory in found.items() if memory}
+        found = {str(row.get("device")): positive(row, "memory_bytes") for row in self.capacity}
+        known = {device: memory for device, memory in found.items() if memory is not None}
         return dict(sorted(known.items(), key=lambda item: item[1]))
 
     def capacity_row(self, kv_heads: int, device: str) -> Row:
@@ -160,10 +163,16 @@ def number(row: Row, name: str) -> float | None:
     return None
 
 
+def positive(row: Row, name: str) -> float | None:
+    """A figure above zero, which a log axis has a place for; None for any other."""
+    value = number(row, name)
+    return value if value is not None and value > 0 else None
+
+
 def points(rows: Sequence[Row], x: str, y: str) -> Iterator[tuple[float, float]]:
-    """The (x, y) pairs of rows that have both."""
+    """The (x, y) pairs of rows that have both and can stand on a log axis, which has no place for y of zero or less."""
     for row in rows:
-        a, b = number(row, x), number(row, y)
+        a, b = number(row, x), positive(row, y)
         if a is not None and b is not None:
             yield a, b
 

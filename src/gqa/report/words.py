@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from gqa.report.reading import Study, number
+from gqa.report.reading import Study, number, positive
 from gqa.units import GIB
 
 NOT_MEASURED = "not measured"
@@ -180,10 +180,10 @@ def cache_bytes(study: Study, kv_heads: int) -> float | None:
 
 def _reference(study: Study, stage: str) -> tuple[float | None, str]:
     """What a perplexity is fairly held against: after training, the parent that had the same training."""
-    control = number(study.control, "perplexity")
+    control = positive(study.control, "perplexity")
     if stage == "uptrained" and control is not None:
         return control, "the parent given the same extra training"
-    return number(study.parent, "perplexity"), "the parent"
+    return positive(study.parent, "perplexity"), "the parent"
 
 
 def _of(study: Study, kv_heads: int) -> str:
