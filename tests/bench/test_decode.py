@@ -2,27 +2,33 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import gqa
 from gqa.bench.decode import measure_decode
 from gqa.errors import GqaError
 
 
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 16,
+}
+
+
+def build(config):
+    gqa.hf.register()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="gqa")
+
+
 @pytest.fixture
 def model():
-    gqa.hf.register()
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=16,
-    )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="gqa")
+    return build(LlamaConfig(**SMALL))
 
 
 @pytest.mark.parametrize("context", [1, 63, 200])  # 200 is far beyond max_position_embeddings
@@ -36,6 +42,12 @@ def test_measures_bytes_and_ordered_percentiles(model, context, dtype):
     assert 0 < result["seconds_per_token_p20"] <= result["seconds_per_token_p50"] <= result["seconds_per_token_p80"]
     assert result["context_tokens"] == context
     assert seen == [(i, 5) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(("context", "held"), [(5, 5), (7, 7), (63, 7)])
+def test_sliding_layers_hold_their_window(context, held):
+    result = measure_decode(build(MistralConfig(**SMALL, sliding_window=7)), context, repeats=9)
+    assert result["cache_bytes_measured"] == held * 3 * 2 * (8 + 8) * 4
 
 
 def test_leaves_the_model_as_it_was(model):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa.cache.contiguous import ContiguousCache
+from gqa.cache.contiguous import ContiguousCache, ContiguousLayer
 from gqa.errors import GqaError
 
 
@@ -67,6 +67,40 @@ def test_crop_reset_and_select():
     assert cache.nbytes_allocated > 0
     with pytest.raises(GqaError, match="cropped"):
         cache.crop(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from([1, 2, 5, 30]), st.sampled_from([0, 7, 99])
+)
+def test_a_window_keeps_the_latest_tokens(steps, window, capacity):
+    layer = ContiguousLayer(capacity, window)
+    everything = torch.empty(2, 3, 0, 4)
+    for T in steps:
+        before = min(everything.shape[2], window)
+        k, v = kv(T)
+        everything = torch.cat([everything, k], dim=2)
+        seen, _ = layer.append(k, v)
+        assert torch.equal(seen, everything[:, :, -(before + T) :])
+        assert torch.equal(layer.views()[0], everything[:, :, -window:])
+        assert layer.length == everything.shape[2]
+        assert layer.held == min(layer.length, window)
+        assert layer.nbytes_used == layer.held * 2 * 3 * (4 + 6) * 4
+        assert layer.capacity <= max(2 * window, window + 9, sum(steps[:1]))
+
+
+def test_a_window_can_be_cropped_while_it_still_reaches_back():
+    layer = ContiguousLayer(window=4)
+    k, v = kv(10)
+    layer.append(k, v)
+    with pytest.raises(GqaError, match="cropped"):
+        layer.crop(8)
+    layer.crop(9)
+    assert torch.equal(layer.views()[0], k[:, :, 6:9])
+    layer.reset()
+    layer.append(k[:, :, :3], v[:, :, :3])
+    layer.crop(1)
+    assert torch.equal(layer.views()[0], k[:, :, :1])
 
 
 def test_an_empty_cache():

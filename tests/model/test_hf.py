@@ -9,6 +9,7 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     GptOssConfig,
+    JambaConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -104,7 +105,7 @@ def test_the_same_greedy_tokens_with_every_cache(load, name, padded):
         {"past_key_values": DynamicCache(config=ours.config)},
         {"cache_implementation": "static"},
         {"past_key_values": gqa.hf.GqaCache()},
-        {"past_key_values": gqa.hf.GqaCache(capacity=64)},
+        {"past_key_values": gqa.hf.GqaCache(capacity=64, config=ours.config)},
         {"use_cache": False},
     ):
         assert torch.equal(greedy(ours, inputs, **options), want), options
@@ -132,8 +133,9 @@ def test_a_prompt_fed_in_chunks(load, name):
     """Chunks after the first see the cache and one another: causal from a later position."""
     inputs = prompts()
     want = greedy(load(name, "eager"), inputs)
-    for cache in ({}, {"past_key_values": gqa.hf.GqaCache()}):
-        assert torch.equal(greedy(load(name, "gqa"), inputs, prefill_chunk_size=4, **cache), want)
+    model = load(name, "gqa")
+    for cache in ({}, *({"past_key_values": gqa.hf.GqaCache(config=config)} for config in (None, model.config))):
+        assert torch.equal(greedy(model, inputs, prefill_chunk_size=4, **cache), want)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
@@ -152,8 +154,9 @@ def test_beam_search(load, name):
     inputs = prompts()
     options = {"num_beams": 3, "num_return_sequences": 2}
     want = greedy(load(name, "eager"), inputs, **options)
-    for cache in ({}, {"past_key_values": gqa.hf.GqaCache()}):
-        assert torch.equal(greedy(load(name, "gqa"), inputs, **options, **cache), want)
+    model = load(name, "gqa")
+    for cache in ({}, *({"past_key_values": gqa.hf.GqaCache(config=config)} for config in (None, model.config))):
+        assert torch.equal(greedy(model, inputs, **options, **cache), want)
 
 
 def test_a_conversation_goes_on_with_the_same_cache(load):
@@ -193,6 +196,21 @@ def test_the_cache_weighs_what_arithmetic_says(load):
             assert torch.equal(layer.keys, keys)
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+def test_sliding_layers_weigh_no_more_than_their_window(load):
+    model = load("gpt-oss-sinks-window", "gqa")  # of its two layers the first slides
+    cache = gqa.hf.GqaCache(config=model.config)
+    assert cache.is_sliding == [True, False]
+    greedy(model, prompts(), past_key_values=cache)
+    tokens = 11 + 12 - 1
+    assert cache.get_seq_length() == tokens
+    assert cache.nbytes_used == 2 * (WINDOW + tokens) * 2 * (12 + 12) * 4  # batch, tokens, KV heads, D + Dv, bytes
+
+
+def test_refuses_models_with_other_layers():
+    with pytest.raises(GqaError, match="does not serve all layers"):
+        gqa.hf.GqaCache(config=JambaConfig(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1))
 
 
 def test_low_precision_under_autocast(load):

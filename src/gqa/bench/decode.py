@@ -32,7 +32,7 @@ def measure_decode(
         if count < 1:
             raise GqaError(f"{name} must be positive", got=count, allowed="1 or more")
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    cache = GqaCache(capacity=context_tokens + 1)
+    cache = GqaCache(capacity=context_tokens + 1, config=model.config)
     seconds = []
     was_training = model.training
     model.eval()
@@ -66,11 +66,11 @@ def measure_decode(
 
 
 def _fill(cache: GqaCache, tokens: int) -> None:
-    """Random keys and values from the first token on, until every layer holds `tokens`."""
+    """Random keys and values, until every layer has seen `tokens`."""
     random = torch.Generator().manual_seed(0)
     for layer in cache.blocks:
         fresh = []
         for held in layer.views():
-            B, H, T, D = held.shape
-            fresh.append(torch.randn(B, H, tokens - T, D, generator=random).to(held))
+            B, H, _, D = held.shape
+            fresh.append(torch.randn(B, H, tokens - layer.length, D, generator=random).to(held))
         layer.append(*fresh)

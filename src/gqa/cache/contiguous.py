@@ -1,4 +1,4 @@
-"""A KV cache in one preallocated block per layer. A step writes its own tokens and copies nothing else."""
+"""A KV cache in preallocated blocks, two per layer. A step writes its own tokens and copies nothing else."""
 
 # B batch · H KV heads · S tokens held · T new tokens · D head dim of k · Dv head dim of v
 
@@ -10,22 +10,36 @@ from gqa.errors import GqaError
 
 
 class ContiguousLayer:
-    """Keys (B, H, capacity, D) and values (B, H, capacity, Dv) of one layer, of which `length` tokens are in use.
+    """Keys (B, H, capacity, D) and values (B, H, capacity, Dv) of one layer.
 
     The first `append` says batch, heads, head dims, dtype and device, and allocates `capacity` tokens or what it
     brings, if that is more. When full, the capacity at least doubles, so n tokens cost O(n) copies in all.
+
+    window: keep only this many of the latest tokens. They slide through a block of about twice the window and move
+    to a new one when they reach its end, which is once per window.
+
+    length: tokens seen, which is the position of the next one. held: tokens kept, the latest.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        self.capacity = capacity
-        self.length = 0
+    def __init__(self, capacity: int = 0, window: int | None = None) -> None:
+        self.window = window
+        self.length = self.held = 0
+        self._wanted = capacity if window is None else min(capacity, 2 * window)
+        self._first = 0  # where in the block the held tokens begin
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add k (B, H, T, D) and v (B, H, T, Dv); return `views()`.
+    @property
+    def capacity(self) -> int:
+        """Tokens allocated."""
+        return 0 if self._keys is None else self._keys.shape[2]
 
-        Raises GqaError when they do not go with what is held, or when autograd would need them.
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add k (B, H, T, D) and v (B, H, T, Dv); return them behind all that was held, (B, H, held + T, D or Dv).
+
+        The results are views: later steps may move or overwrite them. With a window, the oldest are dropped only
+        after this, since the new queries may see them. Raises GqaError when k and v do not go with what is held, or
+        when autograd would need them.
         """
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise GqaError(
@@ -33,44 +47,53 @@ class ContiguousLayer:
                 hint="run under torch.no_grad(), or train without a cache (use_cache=False)",
             )
         if self._keys is None or self._values is None:
-            self._keys, self._values = (
-                _empty(k, max(self.capacity, k.shape[2])),
-                _empty(v, max(self.capacity, v.shape[2])),
-            )
+            size = max(self._wanted, k.shape[2])
+            self._keys, self._values = _empty(k, size), _empty(v, size)
         _check("keys", k, self._keys)
         _check("values", v, self._values)
-        if k.shape[2] != v.shape[2]:
-            raise GqaError("keys and values differ in tokens", got=f"{k.shape[2]} and {v.shape[2]}")
-        end = self.length + k.shape[2]
-        if end > self._keys.shape[2]:
-            capacity = max(end, 2 * self._keys.shape[2])
-            self._keys, self._values = self._moved(self._keys, capacity), self._moved(self._values, capacity)
-        self._keys[:, :, self.length : end] = k
-        self._values[:, :, self.length : end] = v
-        self.length, self.capacity = end, self._keys.shape[2]
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        tokens = k.shape[2]
+        if v.shape[2] != tokens:
+            raise GqaError("keys and values differ in tokens", got=f"{tokens} and {v.shape[2]}")
+        if self._first + self.held + tokens > self.capacity:
+            roomy = 2 * (self.capacity if self.window is None else self.window)
+            self._move(max(self.held + tokens, roomy))
+        begin, end = self._first + self.held, self._first + self.held + tokens
+        self._keys[:, :, begin:end] = k
+        self._values[:, :, begin:end] = v
+        views = self._keys[:, :, self._first : end], self._values[:, :, self._first : end]
+        self.length += tokens
+        self.held += tokens
+        if self.window is not None and self.held > self.window:
+            self._first += self.held - self.window
+            self.held = self.window
+        return views
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (B, H, S, D) and values (B, H, S, Dv) held: views, valid until the next change."""
+        """The keys (B, H, held, D) and values (B, H, held, Dv) held: views, valid until the next change."""
         assert self._keys is not None
         assert self._values is not None
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        held = slice(self._first, self._first + self.held)
+        return self._keys[:, :, held], self._values[:, :, held]
 
     def select(self, sequences: torch.Tensor) -> None:
         """Make sequence i of the batch a copy of the former sequences[i] (beam search; the batch may change size)."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._moved(self._keys, self.capacity, sequences)
-            self._values = self._moved(self._values, self.capacity, sequences)
+        if self._keys is not None:
+            self._move(self.capacity, sequences)
 
     def crop(self, length: int) -> None:
-        """Keep the first `length` tokens; the memory stays."""
-        if not 0 <= length <= self.length:
-            raise GqaError("a cache cannot be cropped to this length", got=length, allowed=f"0 to {self.length}")
-        self.length = length
+        """Go back to the first `length` tokens; the memory stays.
+
+        Raises GqaError when the token after them would look back on tokens that the window has dropped.
+        """
+        dropped = self.length - self.held
+        lowest = 0 if self.window is None or dropped == 0 else dropped + self.window - 1
+        if not lowest <= length <= self.length:
+            raise GqaError("a cache cannot be cropped to this length", got=length, allowed=f"{lowest} to {self.length}")
+        self.length, self.held = length, length - dropped
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self.length = 0
+        self.length = self.held = self._first = 0
 
     @property
     def nbytes_used(self) -> int:
@@ -81,14 +104,17 @@ class ContiguousLayer:
     def nbytes_allocated(self) -> int:
         return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
 
-    def _moved(self, block: torch.Tensor, capacity: int, sequences: torch.Tensor | None = None) -> torch.Tensor:
-        """The tokens in use, of these sequences, in a new block."""
-        held = block[:, :, : self.length]
-        if sequences is not None:
-            held = held.index_select(0, sequences.to(block.device))
-        moved = _empty(held, capacity)
-        moved[:, :, : self.length] = held
-        return moved
+    def _move(self, capacity: int, sequences: torch.Tensor | None = None) -> None:
+        """Put the tokens held, of these sequences, at the front of new blocks."""
+        blocks = []
+        for held in self.views():
+            if sequences is not None:
+                held = held.index_select(0, sequences.to(held.device))
+            block = _empty(held, capacity)
+            block[:, :, : self.held] = held
+            blocks.append(block)
+        self._keys, self._values = blocks
+        self._first = 0
 
 
 class ContiguousCache:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from gqa.cache.contiguous import ContiguousLayer
@@ -80,12 +81,12 @@ def attention_forward(
 class GqaCacheLayer(CacheLayerMixin):
     """One `ContiguousLayer` as transformers' models call it. `keys` and `values` are views of the tokens held."""
 
-    is_sliding = False
     is_croppable = True
 
-    def __init__(self, capacity: int = 0) -> None:
+    def __init__(self, capacity: int = 0, window: int | None = None) -> None:
         super().__init__()
-        self.block = ContiguousLayer(capacity)
+        self.block = ContiguousLayer(capacity, window)
+        self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.update(key_states[:, :, :0], value_states[:, :, :0])
@@ -93,12 +94,14 @@ class GqaCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = self.block.append(key_states, value_states)
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
+        seen = self.block.append(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self._refresh()
+        return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.block.length + query_length, 0
+        """How many keys the next update returns, and the position of the first of them."""
+        return self.block.held + query_length, self.block.length - self.block.held
 
     def get_seq_length(self) -> int:
         return self.block.length
@@ -137,12 +140,25 @@ class GqaCacheLayer(CacheLayerMixin):
 class GqaCache(Cache):
     """Our preallocated cache as `past_key_values=`: a step writes its token, where DynamicCache copies everything.
 
-    capacity: tokens to allocate at first; it grows by doubling beyond. Layers with a sliding window keep all tokens
-    here (their mask hides the old ones), so such a model's cache weighs more than the window asks for.
+    capacity: tokens to allocate at first; it grows by doubling beyond.
+    config: the model's; with it, layers with a sliding window keep no more tokens than that. Without it, every layer
+    keeps all tokens, which is right for any model, and heavier for those.
+    Raises GqaError for a config whose layers are not all attention with keys and values of their own.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        super().__init__(layer_class_to_replicate=partial(GqaCacheLayer, capacity))  # type: ignore[arg-type]
+    def __init__(self, capacity: int = 0, config: PreTrainedConfig | None = None) -> None:
+        if config is None:
+            super().__init__(layer_class_to_replicate=partial(GqaCacheLayer, capacity))  # type: ignore[arg-type]
+            return
+        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
+            raise GqaError(
+                "GqaCache does not serve all layers of this model",
+                got=", ".join(strange),
+                allowed="full_attention, sliding_attention",
+                hint="leave past_key_values to transformers",
+            )
+        super().__init__(layers=[GqaCacheLayer(capacity, one.get("sliding_window")) for one in arguments])
 
     @property
     def blocks(self) -> list[ContiguousLayer]:
