@@ -1,5 +1,7 @@
 """Decode measurements: the right bytes, sane times, a model left as it was."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
@@ -8,8 +10,7 @@ import gqa
 from gqa.bench.decode import measure_decode
 from gqa.errors import GqaError
 
-
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 32,

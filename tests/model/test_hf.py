@@ -1,6 +1,7 @@
 """transformers' models with attn_implementation="gqa": the same greedy tokens as their own eager attention."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 import gqa
 from gqa.errors import GqaError
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,
