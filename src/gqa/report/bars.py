@@ -9,7 +9,7 @@ from gqa.report.axes import Axis
 from gqa.report.chart import BOTTOM, FONT_SIZE, axis, to_svg
 
 THICK, STEP, GAP = 11, 17, 14
-WIDTH, LEFT, RIGHT = 430, 84, 112
+WIDTH, LEFT, RIGHT = 430, 94, 112
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""A real Chromium with the network taken away, and the synthetic study's page opened from its file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers.study_record import study_record, study_results
+
+from gqa.report.page import render
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CHROMIUM is None:
+        reason = "no Chromium on this machine: apt-get install chromium, or any Chrome on the PATH"
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root, as which containers run; the only page it opens here is ours.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small study with every table, and a large one that crowds the drawings."""
+    large = study_results(heads=64, layers=32)
+    large["parent"]["name"] = (
+        "SYNTHETIC/a-model-with-a-very-long-name-and-no-place-to-break-0123456789abcdef0123456789abcdef"
+    )
+    folder = tmp_path_factory.mktemp("pages")
+    found = {}
+    for name, record in (("small", study_record()), ("large", study_record(large))):
+        found[name] = folder / f"{name}.html"
+        found[name].write_text(render(record), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def open_page(chromium, pages: dict[str, Path]) -> Iterator[Callable]:
+    """open_page(name, width=, scheme=, state=) -> a page; after the test it must have been silent and alone."""
+    contexts, noise = [], []
+
+    def opened(name: str = "small", width: int = 1280, scheme: str = "light", state: str = "", **options):
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce", **options
+        )
+        contexts.append(context)
+        page = context.new_page()
+        address = pages[name].as_uri()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("request", lambda request: request.url.split("#")[0] == address or noise.append(request.url))
+        context.set_offline(True)
+        page.goto(address + state)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert noise == []
