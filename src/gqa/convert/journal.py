@@ -57,7 +57,7 @@ class Journal:
         """
         if (self.folder / "journal.json").exists():
             self._resume(identity)
-        elif strange := sorted(p.name for p in self.folder.iterdir() if p.name != "lock" and p.suffix != ".tmp"):
+        elif strange := sorted(path.name for path in self.folder.iterdir() if not self._is_a_beginning(path)):
             (self.folder / "lock").unlink()  # the only thing of ours in there
             raise GqaError(
                 "the work folder's name is taken by something else",
@@ -103,6 +103,11 @@ class Journal:
         except (OSError, ValueError):
             return None
         return document if isinstance(document, dict) else None
+
+    def _is_a_beginning(self, path: Path) -> bool:
+        """What may lie in the folder before its first journal does."""
+        begun = path == self.result and path.is_dir() and not any(path.iterdir())
+        return begun or path.name == "lock" or path.name.startswith(".journal.json.")
 
     def _sweep(self) -> None:
         """Remove what a kill left half written. Finished shards stay; the small files of the result are made anew."""

@@ -1,0 +1,139 @@
+"""A conversion killed with SIGKILL leaves nothing or a state that it goes on from; OUT is never half written.
+
+The killed processes are forks of this one, so that each need not import torch again; one fresh process is killed too.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from helpers.checkpoints import folder_hashes, random_windows, tiny_config, tiny_source, write_checkpoint
+
+from gqa.convert.journal import work_folder
+from gqa.convert.recipe import make_recipe
+from gqa.convert.run import convert
+from gqa.source import open_checkpoint
+
+DATA_FREE = make_recipe(4, grouping="contiguous")
+REFINED = make_recipe(2, calibration_tokens=256, refine_tokens=256, refine_steps=3, window=32)
+# What Python tells before it touches a file's name.
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+
+def test_killed_before_every_single_step(tmp_path):
+    config = tiny_config(num_hidden_layers=2, dtype="bfloat16")
+    source = tiny_source(tmp_path / "parent", config, shards=2, dtype=torch.bfloat16)
+    recipe, expected = DATA_FREE, tmp_path / "undisturbed" / "out"
+    assert in_fork(source, expected, recipe) == 0
+    whole = folder_hashes(expected)
+    resumable = step = 0
+    while True:
+        step += 1
+        out = tmp_path / f"killed-{step}" / "out"
+        status = in_fork(source, out, recipe, kill_at_step=step)
+        assert not out.exists() or folder_hashes(out) == whole
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        resumable += work_folder(out).exists()
+        assert in_fork(source, out, recipe) == 0
+        assert folder_hashes(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert step > 30
+    assert resumable > step / 2
+
+
+def test_killed_at_ten_random_moments(tmp_path):
+    # What calibration imports at first use, imported once for all forks.
+    import accelerate  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    source = tiny_source(tmp_path / "parent", shards=3)
+    recipe, expected = REFINED, tmp_path / "undisturbed" / "out"
+    started = time.monotonic()
+    assert in_fork(source, expected, recipe) == 0
+    seconds = time.monotonic() - started
+    whole = folder_hashes(expected)
+    moments, kills = random.Random(0), 0
+    for attempt in range(10):
+        out = tmp_path / f"killed-{attempt}" / "out"
+        status = in_fork(source, out, recipe, kill_after=moments.uniform(0, seconds), watch=set(whole))
+        kills += status == -signal.SIGKILL
+        assert not out.exists() or folder_hashes(out) == whole
+        # The same again until it is through: each kill must leave more or as much as the one before.
+        while in_fork(source, out, recipe, kill_after=moments.uniform(seconds / 2, 2 * seconds), watch=set(whole)):
+            assert not out.exists() or folder_hashes(out) == whole
+        assert folder_hashes(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert kills >= 3
+
+
+def test_a_fresh_process_killed_and_started_again(tmp_path):
+    write_checkpoint(tmp_path / "parent", shards=2)
+    run = "import sys; from gqa.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", run, "convert", str(tmp_path / "parent"), str(tmp_path / "out"), "--kv-heads", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not work_folder(tmp_path / "out").exists() and process.poll() is None:
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert work_folder(tmp_path / "out").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    expected = tmp_path / "undisturbed" / "out"
+    convert(open_checkpoint(str(tmp_path / "parent")), expected, make_recipe(2))
+    assert folder_hashes(tmp_path / "out") == folder_hashes(expected)
+    assert {path.name for path in tmp_path.iterdir()} == {"parent", "out", "undisturbed"}
+
+
+def in_fork(source, out: Path, recipe, *, kill_at_step=None, kill_after=None, watch=None) -> int:
+    """Convert in a process of its own: its exit code, or minus the signal that ended it.
+
+    kill_at_step: it kills itself before the n-th step on files near OUT. kill_after: it is killed after that many
+    seconds. watch: the files of a complete OUT, of which OUT must never be seen with less.
+    """
+    with warnings.catch_warnings():
+        # Python warns of forks of a process with threads; the child uses one thread and none of the parent's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            if kill_at_step:
+                _kill_self_at(kill_at_step, str(out.parent))
+            convert(source, out, recipe, random_windows(recipe))
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = None if kill_after is None else time.monotonic() + kill_after
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if watch and out.exists():
+            assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == watch
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
+            deadline = None
+        time.sleep(0.001)
+
+
+def _kill_self_at(step: int, near: str) -> None:
+    seen = 0
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in EVENTS and str(arguments[0]).startswith(near):
+            seen += 1
+            if seen == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
