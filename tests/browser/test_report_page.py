@@ -61,8 +61,9 @@ def test_dial_by_keyboard_shows_the_records_figures_at_every_stop(open_page) -> 
         assert shown(page, "decode") == format_seconds(decode["seconds_per_token_p50"])
         assert shown(page, "requests") == f"{room['max_concurrent_requests']:,}"
         for row in results["quality"]:
-            if row["kv_heads"] == kv_heads:
+            if row["kv_heads"] == kv_heads != 8:
                 assert shown(page, f"{row['method']}/{row['stage']}") == f"{row['perplexity']:.3g}"
+        assert (shown(page, "svd/converted") == "as the parent") == (kv_heads == 8)
         value = page.locator("#kv-heads").get_attribute("aria-valuetext")
         assert value.startswith("1 KV head," if kv_heads == 1 else f"{kv_heads} KV heads,")
         assert page.evaluate("location.hash").startswith(f"#kv={kv_heads}")

@@ -61,10 +61,14 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
             for n in stops
         ],
         "quality": [
-            _quality(n, heads, method, stage)
-            for (stage, method) in REMAINS
-            for n in stops
-            if (n, stage) != (heads, "uptrained")
+            {
+                "kv_heads": heads,
+                "method": "parent",
+                "stage": "converted",
+                "cross_entropy_nats_per_token": log(PARENT),
+                "perplexity": PARENT,
+            },
+            *(_quality(n, heads, method, stage) for (stage, method) in REMAINS for n in stops[1:]),
         ],
         "layers": [
             {
@@ -144,7 +148,7 @@ def _quality(kv_heads: int, heads: int, method: str, stage: str) -> dict[str, An
         "kl_to_parent_nats": abs(lost) * 0.8 + 0.001,
         "top1_agreement": max(0.3, 0.98 - abs(lost)),
         "loss_above_parent_nats": lost,
-        "share_of_mean_loss": lost / of_mean if of_mean else None,
+        "share_of_mean_loss": REMAINS[stage, method],
         "seconds": {"mean": 1.2, "svd": 9.5, "svd+refine": 74.0}[method],
     }
 

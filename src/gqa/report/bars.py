@@ -36,7 +36,7 @@ def bars(x: Axis, groups: Mapping[str, Sequence[Bar]]) -> str:
             place = top + THICK / 2
             data = alt.Chart(alt.Data(values=[{"value": bar.value, "zero": 0}]))
             drawn = data.mark_bar(size=THICK, color=bar.color, cornerRadiusEnd=2)
-            layers.append(drawn.encode(x=across, x2="zero:Q", y=alt.value(place)))
+            layers.append(drawn.encode(x=across, x2=alt.X2("zero:Q"), y=alt.YValue(place)))
             end = x.place(max(bar.value, 0.0)) * width
             layers.append(_text(alt, f"{bar.name} {bar.text}", end + 6, place, bar.color, "left"))
             top += STEP
@@ -58,4 +58,4 @@ def bars(x: Axis, groups: Mapping[str, Sequence[Bar]]) -> str:
 
 def _text(alt, text: str, x: float, y: float, color: str, align: str):
     mark = alt.Chart(alt.Data(values=[{}])).mark_text(align=align, baseline="middle", fontSize=FONT_SIZE, color=color)
-    return mark.encode(x=alt.value(x), y=alt.value(y), text=alt.value(text))
+    return mark.encode(x=alt.XValue(x), y=alt.YValue(y), text=alt.TextValue(text))

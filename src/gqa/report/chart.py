@@ -188,7 +188,7 @@ def _series(alt: Any, x: Axis, y: Axis, one: Series) -> list[Any]:
     if one.spreads:
         rows = [{"x": a, "y": low, "y2": high} for a, low, high in one.spreads]
         bars = alt.Chart(alt.Data(values=rows)).mark_rule(color=one.color, strokeWidth=5, opacity=0.3)
-        layers.append(bars.encode(**encodings, y2="y2:Q"))
+        layers.append(bars.encode(**encodings, y2=alt.Y2("y2:Q")))
     for marks, fill in ((one.points, one.color), (one.hollow, "var(--paper)")):
         if marks:
             size = MARK if len(marks) <= MANY else MARK / 4
@@ -202,22 +202,22 @@ def _series(alt: Any, x: Axis, y: Axis, one: Series) -> list[Any]:
 def _rule(alt: Any, x: Axis, y: Axis, rule: Rule, width: int, height: int) -> Any:
     place = (1 - y.place(rule.y)) * height
     mark = alt.Chart(alt.Data(values=[{}])).mark_rule(color=rule.color, strokeWidth=1.2, strokeDash=list(rule.dash))
-    return mark.encode(x=alt.value(0), x2=alt.value(width), y=alt.value(place), y2=alt.value(place))
+    return mark.encode(x=alt.XValue(0), x2=alt.X2Value(width), y=alt.YValue(place), y2=alt.Y2Value(place))
 
 
 def _name(alt: Any, end: _End, keyed: bool) -> Any:
     """The name of a line, with a lead from the line's end, or with its mark where leads would run across the panel."""
     values = alt.Chart(alt.Data(values=[{}]))
     text = values.mark_text(align="left", baseline="middle", fontSize=FONT_SIZE, color=end.color)
-    named = text.encode(x=alt.value(end.x), y=alt.value(end.y), text=alt.value(end.text))
+    named = text.encode(x=alt.XValue(end.x), y=alt.YValue(end.y), text=alt.TextValue(end.text))
     if keyed and end.shape:
         key = values.mark_point(shape=end.shape, size=MARK, fill=end.color, stroke=end.color, opacity=1)
-        return named + key.encode(x=alt.value(end.x - 10), y=alt.value(end.y))
+        return named + key.encode(x=alt.XValue(end.x - 10), y=alt.YValue(end.y))
     if abs(end.y - end.from_y) < 3 and end.x - end.from_x < 20:
         return named
     lead = values.mark_rule(color=end.color, strokeWidth=0.8, opacity=0.6)
     return named + lead.encode(
-        x=alt.value(end.from_x + 5), y=alt.value(end.from_y), x2=alt.value(end.x - 3), y2=alt.value(end.y)
+        x=alt.XValue(end.from_x + 5), y=alt.YValue(end.from_y), x2=alt.X2Value(end.x - 3), y2=alt.Y2Value(end.y)
     )
 
 
@@ -225,7 +225,7 @@ def _inside_name(alt: Any, y: Axis, rule: Rule, height: int) -> Any:
     text = alt.Chart(alt.Data(values=[{}])).mark_text(
         align="left", baseline="bottom", fontSize=FONT_SIZE - 1, color=rule.color, dx=2, dy=-2
     )
-    return text.encode(x=alt.value(0), y=alt.value((1 - y.place(rule.y)) * height), text=alt.value(rule.name))
+    return text.encode(x=alt.XValue(0), y=alt.YValue((1 - y.place(rule.y)) * height), text=alt.TextValue(rule.name))
 
 
 def _data(alt: Any, pairs: Sequence[tuple[float, float]]) -> Any:

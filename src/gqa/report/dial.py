@@ -86,11 +86,16 @@ def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
         **_fits(study, kv_heads, ""),  # the words for a gap, where the record has no device
         "fits": {device: _fits(study, kv_heads, device) for device in study.devices},
         **{
-            f"{method}/{stage}": _text(study.figure(kv_heads, method, stage, "perplexity"), words.significant)
+            f"{method}/{stage}": _perplexity(study, kv_heads, method, stage)
             for method in study.methods
             for stage in STAGES
         },
     }
+
+
+def _perplexity(study: Study, kv_heads: int, method: str, stage: str) -> str | None:
+    found = study.figure(kv_heads, method, stage, "perplexity")
+    return "as the parent" if found is None and kv_heads == study.full else _text(found, words.significant)
 
 
 def _cache(study: Study, kv_heads: int) -> dict[str, Any]:

@@ -48,11 +48,11 @@ def _memory(study: Study) -> Figure | None:
     memory = _apart(study.devices)
     longest = {
         n: [
-            (most, size)
-            for device, size in memory.items()
-            if (most := positive(study.capacity_row(n, device), "max_context_tokens"))
+            (most, rate * most)
+            for device in memory
+            if rate and (most := positive(study.capacity_row(n, device), "max_context_tokens"))
         ]
-        for n in study.stops
+        for n, rate in rates.items()
     }
     reach = [a for marks in (*measured.values(), *longest.values()) for a, _ in marks] or [1024, 131072]
     first, last = min(reach), max(reach)
@@ -161,29 +161,32 @@ def _decode(study: Study) -> Figure | None:
 def _quality(study: Study) -> Figure | None:
     parent, control = positive(study.parent, "perplexity"), positive(study.control, "perplexity")
     drawn: dict[str, list[Series]] = {}
+    # At the parent's own heads nothing is converted: every line starts from the parent, or from it trained on.
+    starts = {"converted": parent, "uptrained": control}
     for stage in STAGES:
         drawn[stage] = []
+        start = [(study.full, level)] if (level := starts[stage]) else []
         for method in study.methods:
             marks = [(n, p) for n in study.stops if (p := study.figure(n, method, stage, "perplexity"))]
             if marks:
                 name = f"{words.short_name(method)} {words.significant(marks[-1][1])}"
-                drawn[stage].append(Series(name, *_method_style(method), points=marks))
+                drawn[stage].append(Series(name, *_method_style(method), points=marks, path=[*start, *marks]))
     if not any(drawn.values()):
         return None
     rules = [Rule(f"parent {words.significant(parent)}", parent, "var(--ink)")] if parent else []
-    level = [Rule(f"control {words.significant(control)}", control, dash=(2, 3))] if control else []
+    trained = [Rule(f"control {words.significant(control)}", control, dash=(2, 3))] if control else []
     values = [b for every in drawn.values() for one in every for _, b in one.points]
-    values += [rule.y for rule in rules + level]
+    values += [rule.y for rule in rules + trained]
     up = axes.rounded("perplexity, lower is better", values, words.tick)
     across = axes.head_counts("KV heads", study.stops)
     panels = [
-        (words.STAGE_NAMES[stage], panel(across, up, series, rules + (level if stage == "uptrained" else [])))
+        (words.STAGE_NAMES[stage], panel(across, up, series, rules + (trained if stage == "uptrained" else [])))
         for stage, series in drawn.items()
         if series
     ]
     caption = "Perplexity says among how many equally likely tokens the model hesitates, on text that it never saw. "
     caption += "The parent is the model before conversion."
-    if level and drawn["uptrained"]:
+    if trained and drawn["uptrained"]:
         caption += " The control is the parent itself, trained on for as long as the converted models were."
     columns = {
         "kv_heads": ("KV heads", words.whole),

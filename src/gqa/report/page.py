@@ -158,7 +158,7 @@ def _method(study: Study) -> str:
         ("This machine", machine),
         ("Versions", record.versions),
         ("What was asked", record.inputs),
-        ("Measured or predicted", record.basis),
+        ("Measured or predicted", {basis: _named(record.basis, basis) for basis in ("measured", "predicted")}),
     ]
     assumptions = "".join(f"<li>{escape(str(text))}</li>" for text in record.assumptions)
     return (
@@ -170,6 +170,11 @@ def _method(study: Study) -> str:
         '<button type="button" id="save-record">save study.json</button>, then '
         "<code>gqa report study.json</code>.</p>"
     )
+
+
+def _named(basis: Any, kind: str) -> list[str]:
+    """The figures that are measured, or predicted, as their names in the record read."""
+    return [str(name).replace("_", " ") for name, of in basis.items() if of == kind]
 
 
 def _pairs(pairs: Any, label: str) -> str:
@@ -190,4 +195,6 @@ def _plain(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if value is None:
         return "not given"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
