@@ -26,6 +26,7 @@ from gqa.record import write_text_atomic
 from gqa.text import read_text
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Not the library's own prose or code: other people's packages, tests, tables (code pages, help topics) and files
@@ -70,8 +71,9 @@ class EmbeddedRecipe:
     window: int = 256
     batch: int = 8
     steps: int = 400
-    learning_rate: float = 2e-3
-    warmup_steps: int = 40
+    matrix_learning_rate: float = 0.02
+    learning_rate: float = 5e-3
+    warmup_steps: int = 20
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
@@ -191,6 +193,8 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
     import torch
     from torch.nn.functional import cross_entropy
 
+    from gqa.evaluate.load import quiet_transformers
+
     began = time.perf_counter()
     progress("tokenizer", 0, 1)
     texts = [read_text([path]) for path in corpus.train]
@@ -202,40 +206,35 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
         torch.manual_seed(recipe.seed)
         model = _new_model(recipe)
     model.train()
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    first, seconds_before = _resume(working, model, optimizer)
+    optimizers = _optimizers(model, recipe)
+    first, seconds_before = _resume(working, model, optimizers)
     loss_sum, loss_count = 0.0, 0
     batches = _batches(windows, recipe)
     for step, batch in enumerate(batches):
         if step < first:
             continue
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe)
         ids = torch.from_numpy(batch)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * learning_rate_factor(step, recipe)
+            optimizer.step()
+        model.zero_grad()
         if step >= recipe.steps - max(1, recipe.steps // 20):
             loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
         progress("training the parent", step + 1, recipe.steps, f"loss {loss.item():.2f}")
         if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < recipe.steps:
             spent = seconds_before + time.perf_counter() - began
-            _save_state(working, model, optimizer, step + 1, spent)
+            _save_state(working, model, optimizers, step + 1, spent)
 
     model.eval()
     folder = working / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _add_legacy_keys(folder / "config.json")
     facts: dict[str, Any] = {
@@ -311,7 +310,6 @@ def _new_model(recipe: EmbeddedRecipe) -> LlamaForCausalLM:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)
 
@@ -325,16 +323,39 @@ def _add_legacy_keys(path: Path) -> None:
     write_text_atomic(path, json.dumps(config, indent=2) + "\n")
 
 
-def _save_state(working: Path, model: Any, optimizer: Any, step: int, seconds: float) -> None:
+def _optimizers(model: LlamaForCausalLM, recipe: EmbeddedRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    import torch
+
+    from gqa.study.muon import Muon
+
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [
+        Muon(matrices, recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _save_state(working: Path, model: Any, optimizers: list[Any], step: int, seconds: float) -> None:
     import torch
 
     temporary = working / "state.pt.tmp"
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "seconds": seconds,
+    }
     torch.save(state, temporary)
     os.replace(temporary, working / "state.pt")
 
 
-def _resume(working: Path, model: Any, optimizer: Any) -> tuple[int, float]:
+def _resume(working: Path, model: Any, optimizers: list[Any]) -> tuple[int, float]:
     """Load the last checkpoint, if there is one: (steps done, seconds they took)."""
     import torch
 
@@ -343,7 +364,8 @@ def _resume(working: Path, model: Any, optimizer: Any) -> tuple[int, float]:
         return 0, 0.0
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"], state["seconds"]
 
 

@@ -1,0 +1,71 @@
+"""A checkpoint folder -> a loaded transformers model that is what the folder says, or an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gqa.errors import GqaError
+from gqa.weights.reader import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
+    """Load a causal language model for measuring, in eval mode, from local safetensors only.
+
+    device: `cuda` where there is one, else `cpu`. dtype: as stored on a GPU; fp32 on a CPU, where half precision is
+    slower and its rounding would add to what is measured.
+    Raises GqaError for what Checkpoint refuses (no folder, pickles, missing or truncated shards, quantised), for an
+    architecture that transformers does not know, and for weights that do not fill the model: transformers would only
+    warn and go on with random numbers.
+    """
+    Checkpoint(folder)
+    from transformers import AutoModelForCausalLM
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = dtype or (torch.float32 if device == "cpu" else "auto")
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=wanted,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed in the report, and refused below
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise GqaError("transformers cannot load the model", got=f"{folder}: {error}") from error
+    model, report = loaded
+    missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+    if missing or mismatched:
+        raise GqaError(
+            "the weights do not fit the config",
+            got=f"{folder}: {len(missing)} tensors missing, {len(mismatched)} of another shape, "
+            f"the first {(missing + mismatched)[0]}",
+            allowed="every tensor of the architecture, in the shape that config.json gives",
+        )
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers meanwhile: gqa has its own progress, and checks itself."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

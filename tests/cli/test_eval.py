@@ -1,0 +1,75 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from helpers.small import small_parent
+
+from gqa.cli.eval import command
+from gqa.errors import GqaError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder, corpus = small_parent(tmp_path_factory.mktemp("parent"))
+    return str(folder), str(corpus.test[0])
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, list(arguments), catch_exceptions=False, standalone_mode=False)
+
+
+def test_json_is_one_record_with_every_figure_measured(model):
+    folder, text = model
+    result = run(folder, "--text", text, "--parent", folder, "--tokens", "320", "--json")
+    document = json.loads(result.stdout)
+    assert document["command"] == "eval"
+    assert document["inputs"]["window"] == 32  # the model's context is smaller than 256
+    assert document["results"]["windows"] == 10
+    assert document["results"]["kl_to_parent_nats"] == 0
+    assert set(document["basis"]) == set(document["results"])
+    assert set(document["basis"].values()) == {"measured"}
+    assert len(document["assumptions"]) == 2
+
+
+def test_the_table_tells_what_it_is(model):
+    folder, text = model
+    alone = run(folder, "--text", text, "--text", text, "--window", "16", "--tokens", "160").stdout
+    assert "measured on 10 windows, 150 predicted tokens" in alone
+    assert "KL" not in alone
+    beside = run(folder, "--text", text, "--parent", folder, "--tokens", "320").stdout
+    assert "100.0%" in beside
+    assert "+0.0000" in beside
+
+
+def test_a_window_beyond_the_context_is_told(model):
+    folder, text = model
+    assert "longer than the model's context of 32 tokens" in run(folder, "--text", text, "--window", "64").stderr
+
+
+def test_mistakes(model, tmp_path):
+    folder, text = model
+    (tmp_path / "short.txt").write_text("def")
+    for arguments, word in (
+        ((folder, "--text", str(tmp_path / "none.txt")), "no text file"),
+        ((folder, "--text", str(tmp_path / "short.txt")), "shorter than one window"),
+        ((str(tmp_path / "none"), "--text", text), "no such model folder"),
+        ((folder, "--text", text, "--parent", "llama-3-70b"), "without weights"),
+        ((folder, "--text", text, "--batch", "0"), "batch"),
+    ):
+        with pytest.raises(GqaError, match=word):
+            run(*arguments)
+
+
+@pytest.mark.parametrize("name", ["eval", "uptrain"])
+def test_help_loads_nothing_heavy(name):
+    program = (
+        "import sys, gqa.cli.main as m\n"
+        f"try: m.main([{name!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("Examples:")
