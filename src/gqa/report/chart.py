@@ -17,7 +17,7 @@ from gqa.report.axes import Axis
 
 FONT_SIZE, LINE = 12.5, 15
 MARK, MANY = 52, 12  # area of a mark, which is made smaller where there are many
-FAR = 60  # pixels from which on a lead from a line to its name would disturb
+FAR = 36  # pixels from which on a lead from a line to its name would disturb
 TOP, BOTTOM = 30, 46  # room for the y title above the panel, ticks and x title below
 
 
