@@ -42,7 +42,7 @@ _FORMAT = 1  # of the step files: raise it when an old one must not be taken for
 class Settings:
     """kv_heads: stops of the dial below the parent's (empty: every divisor). calibration_windows: for conversion;
     the same ones serve refinement. test_windows: for every evaluation. uptrain_tokens: for every child and for the
-    control (0: no uptraining). contexts: where decoding is timed, in tokens."""
+    control (0: no uptraining). contexts: where decoding is timed, in tokens, with decode_repeats steps each."""
 
     kv_heads: tuple[int, ...] = ()
     calibration_windows: int = 128
@@ -50,6 +50,7 @@ class Settings:
     uptrain_tokens: int = 0
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
     refine_steps: int = 120
+    decode_repeats: int = 24
     seed: int = 0
 
 
@@ -256,14 +257,18 @@ class _Study:
         not fall on one of them alone."""
         from gqa.bench.decode import measure_decode
         from gqa.evaluate import load_model
+        from gqa.model import hf
 
+        hf.register()
         folders = {self.shape.kv_heads: self.parent}
         folders |= {kv_heads: self._folder(kv_heads, BEST) for kv_heads in self.settings.kv_heads}
-        models = {kv_heads: load_model(folder, attn_implementation="gqa") for kv_heads, folder in folders.items()}
+        models = {kv_heads: load_model(folder) for kv_heads, folder in folders.items()}
+        for model in models.values():
+            model.set_attn_implementation("gqa")
         rows = []
         for context in self.settings.contexts:
             for kv_heads, model in models.items():
-                measured = measure_decode(model, context)
+                measured = measure_decode(model, context, repeats=self.settings.decode_repeats)
                 predicted = kv_bytes(self.shape.with_kv_heads(kv_heads), context, 1, dtype_bytes(self._kv_dtype))
                 row = {"kv_heads": kv_heads, "context_tokens": context, "cache_bytes_predicted": predicted}
                 rows.append(row | measured)
@@ -365,8 +370,10 @@ class _Study:
 
     @property
     def _kv_dtype(self) -> str:
-        """Of the cache that is measured here: models run in fp32 on a CPU."""
-        return "fp32"
+        """Of the cache that is measured here: models run in fp32 on a CPU, as stored on a GPU."""
+        import torch
+
+        return (self.shape.weight_dtype or "fp32") if torch.cuda.is_available() else "fp32"
 
     def _folder(self, kv_heads: int, method: str) -> Path:
         return self.out / "models" / _name(kv_heads, method)
