@@ -172,3 +172,10 @@ def test_print_opens_the_tables(open_page) -> None:
     page = open_page()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
+
+
+def test_print_fits_the_width_of_a_sheet(open_page) -> None:
+    page = open_page(width=680)  # A4 between margins of 15 mm
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 680
