@@ -3,8 +3,8 @@
 import json
 import logging
 import warnings
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import folder_hashes, random_windows, tiny_config, tiny_source, tiny_tensors, write_checkpoint
@@ -15,6 +15,7 @@ from gqa.convert.journal import locked, work_folder
 from gqa.convert.recipe import make_recipe
 from gqa.errors import GqaError
 from gqa.source import open_checkpoint
+from gqa.weights.header import DTYPE_BYTES
 from gqa.weights.reader import Checkpoint
 
 MEAN = make_recipe(2, "mean")
@@ -99,12 +100,8 @@ def test_mixed_dtypes_are_kept(tmp_path):
     convert(source, tmp_path / "out", make_recipe(4))
     child = Checkpoint(tmp_path / "out")
     assert {name: child.dtype(name) for name in child.names} == {name: t.dtype for name, t in tensors.items()}
-    # Wide types first, so that every tensor lies aligned to its elements.
-    assert all(
-        e.start % e.nbytes.bit_length() >= 0 and e.start % (e.nbytes // max(1, np.prod(e.shape))) == 0
-        for shard in child.shards
-        for e in shard.tensors.values()
-    )
+    # Each tensor lies aligned to its elements, although a narrow type's bytes may come in odd numbers.
+    assert all(e.start % DTYPE_BYTES[e.dtype] == 0 for shard in child.shards for e in shard.tensors.values())
 
 
 def test_only_what_describes_the_model_travels(tmp_path):
@@ -213,8 +210,17 @@ def test_out_that_is_something_else_is_left_alone(tmp_path, content):
     assert folder_hashes(tmp_path) == before
 
 
-def test_finished_layers_are_not_converted_again(tmp_path, monkeypatch):
-    source = tiny_source(tmp_path / "parent")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        # The engine goes on from the weights before they are rounded, and after a kill from the rounded ones.
+        pytest.param(torch.bfloat16, marks=pytest.mark.xfail(reason="layers are fitted on unrounded weights")),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_finished_layers_are_not_converted_again(tmp_path, monkeypatch, dtype):
+    source = tiny_source(tmp_path / "parent", dtype=dtype)
     undisturbed = tmp_path / "undisturbed" / "out"
     convert(source, undisturbed, CALIBRATED)
     calls = _interrupt(monkeypatch, source, tmp_path / "out", CALIBRATED, layer=2)
@@ -236,7 +242,7 @@ def test_another_recipe_does_not_go_on_with_begun_work(tmp_path, monkeypatch):
     with pytest.raises(GqaError, match="unfinished conversion") as caught:
         convert(source, tmp_path / "out", make_recipe(4, calibration_tokens=256, window=32))
     assert caught.value.got == "kv heads 2 there, 4 here"
-    assert f"rm -r {tmp_path / 'out.partial'}" in caught.value.hint
+    assert f"rm -r {tmp_path / 'out.partial'}" in str(caught.value.hint)
     assert folder_hashes(tmp_path) == before
 
 
@@ -245,7 +251,7 @@ def test_another_text_or_source_does_not_go_on_with_begun_work(tmp_path, monkeyp
     _interrupt(monkeypatch, source, tmp_path / "out", CALIBRATED, layer=1)
     with pytest.raises(GqaError, match="another calibration sha256"):
         run.convert(source, tmp_path / "out", CALIBRATED, random_windows(CALIBRATED, seed=1))
-    (source.folder / "model.safetensors").touch()
+    (tmp_path / "parent" / "model.safetensors").touch()
     with pytest.raises(GqaError, match=r"another modified model\.safetensors"):
         convert(source, tmp_path / "out", CALIBRATED)
 
@@ -273,7 +279,7 @@ def test_a_source_that_changes_under_way_is_noticed(tmp_path, monkeypatch):
     class Touching(run.Engine):
         def convert(self, layer):
             if layer == 1:
-                (source.folder / "model.safetensors").touch()
+                (tmp_path / "parent" / "model.safetensors").touch()
             return super().convert(layer)
 
     monkeypatch.setattr(run, "Engine", Touching)
@@ -323,7 +329,8 @@ def test_transformers_loads_it_without_a_word(tmp_path, caplog, model_type, bias
     try:
         with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+            model, info = loaded
             ids = model.generate(torch.tensor([[3, 5, 7]]), max_new_tokens=3, do_sample=False)
     finally:
         transformers_logging.disable_propagation()
