@@ -65,19 +65,19 @@ class EmbeddedRecipe:
 
     vocabulary: int = 2048
     hidden: int = 256
-    intermediate: int = 704
+    intermediate: int = 512
     layers: int = 6
     heads: int = 8
     window: int = 256
     batch: int = 8
-    steps: int = 400
+    steps: int = 300
     matrix_learning_rate: float = 0.02
     learning_rate: float = 5e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
-    checkpoint_steps: int = 100
+    checkpoint_steps: int = 50
 
 
 @dataclasses.dataclass(frozen=True)

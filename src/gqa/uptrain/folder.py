@@ -45,7 +45,7 @@ class Job:
 def find_job(
     source: Checkpoint, parent: Checkpoint | None, windows: np.ndarray, asked: dict[str, Any], out: Path
 ) -> Job:
-    """Find out whether this uptraining is new, was interrupted or is done. Writes nothing.
+    """Find out whether this uptraining is new, was interrupted or is done.
 
     Raises GqaError if `out` or its working folder belongs to something else.
     """
@@ -60,6 +60,8 @@ def find_job(
                 got=out,
                 hint="give another folder, or delete this one",
             )
+        if _identity(job.working / _JOB) == job.identity:  # killed between the rename and this
+            shutil.rmtree(job.working)
         return dataclasses.replace(job, done=True)
     if job.working.exists() and _identity(job.working / _JOB) != job.identity:
         raise GqaError(
@@ -124,7 +126,7 @@ def _tell(path: Path, report: dict[str, Any]) -> None:
     if report["parent"] is not None:
         teacher = f"with the parent as teacher (weight {report['distill_weight']:g} on KL, the rest on the text)"
     text = (
-        f"## Uptraining\n\nTrained with `gqa uptrain` for {report['tokens']} tokens: {report['steps']} steps of "
+        f"## Uptraining\n\nTrained with `gqa uptrain` for {report['tokens']} tokens, in steps of "
         f"{report['batch']} windows of {report['window']} tokens, AdamW at {report['learning_rate']:g}, {teacher}.\n"
     )
     write_text_atomic(path, before + text)

@@ -44,8 +44,8 @@ def uptrain(
 
     With a parent the loss is `w * KL(parent || model) + (1 - w) * cross-entropy`, w = distill_weight; without one it
     is plain continuation of the training. AdamW (betas 0.9 and 0.95, weight decay 0.1 on matrices), a tenth of the
-    steps as linear warm-up, then a cosine to zero. Trained in fp32 on a CPU and as stored on a GPU, written in the
-    dtype that was stored.
+    steps as linear warm-up, then a cosine to zero. The weights are trained in fp32, on a GPU with bf16 arithmetic, and
+    written in the dtype that was stored.
 
     Work in progress lies beside `out`, in `out`.partial, and `out` appears whole by a rename. Called again after a
     kill with the same arguments it goes on from the last complete checkpoint; called once more after the end it only
@@ -71,7 +71,7 @@ def uptrain(
     if job.done:
         return read_report(out)
 
-    model = load_model(model_folder)
+    model = load_model(model_folder, dtype=torch.float32)  # in half precision small updates would vanish
     parent = None if parent_folder is None else load_model(parent_folder)
     vocabulary = model.config.get_text_config().vocab_size
     check_windows(windows, vocabulary, "the model")
@@ -175,6 +175,7 @@ def _train(
         save_steps=max(1, min(200, steps // 5)),
         save_total_limit=2,
         use_cpu=model.device.type == "cpu",
+        bf16=model.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=model.device.type != "cpu",
     )
     with quiet_transformers():
