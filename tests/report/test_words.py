@@ -72,6 +72,22 @@ def test_decode_title_says_so_when_nothing_is_gained() -> None:
     assert "no faster" in words.decode_title(study(decode=rows))
 
 
+def test_decode_title_tells_the_gain() -> None:
+    assert words.decode_title(study()) == "At 16k tokens of context 1 KV head decodes 5.7× faster than 8"
+    rows = [row for row in study_results()["decode"] if row["kv_heads"] > 1]
+    assert words.decode_title(study(decode=rows)) == "At 16k tokens of context 2 KV heads decode 3.4× faster than 8"
+
+
+def test_layers_title_names_the_worst_layer_of_the_strongest_method() -> None:
+    rows = [
+        {"kv_heads": 1, "method": "svd", "layer": 0, "output_error": 0.5},
+        {"kv_heads": 1, "method": "svd+refine", "layer": 0, "output_error": 0.01},
+        {"kv_heads": 2, "method": "svd+refine", "layer": 3, "output_error": 0.02},
+    ]
+    told = words.layers_title(study(layers=rows))
+    assert told.startswith("With 2 KV heads, layer 3 is the hardest for refined svd: 2.0")
+
+
 def test_titles_without_their_tables() -> None:
     bare = study(quality=None, layers=None, decode=None, capacity=None)
     assert words.memory_title(bare) == "From 8 to 1 KV head the cache of every context is 8× smaller"

@@ -179,7 +179,7 @@ def _named(basis: Any, kind: str) -> list[str]:
 
 def _pairs(pairs: Any, label: str) -> str:
     body = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_plain(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(str(name).replace("_", " "))}</th><td>{escape(_plain(value))}</td></tr>'
         for name, value in pairs.items()
     )
     return (

@@ -126,10 +126,11 @@ def decode_title(study: Study) -> str:
     if len(timed) < 2:
         return "Time to write one token, against the context before it"
     slow, fast = study.decode_seconds(timed[0]) or 0.0, study.decode_seconds(timed[-1]) or 1.0
-    start = f"At {tokens(study.longest_context or 0)} tokens of context"
+    decodes = f"At {tokens(study.longest_context or 0)} tokens of context {heads(timed[-1])} "
+    decodes += "decodes" if timed[-1] == 1 else "decode"
     if fast >= slow * 0.95:
-        return f"{start} {heads(timed[-1])} decode no faster than {timed[0]} on this machine"
-    return f"{start} {heads(timed[-1])} decodes {times(slow / fast)} faster than {timed[0]}"
+        return f"{decodes} no faster than {timed[0]} on this machine"
+    return f"{decodes} {times(slow / fast)} faster than {timed[0]}"
 
 
 def quality_title(study: Study) -> str:
@@ -159,16 +160,16 @@ def share_title(study: Study) -> str:
 
 
 def layers_title(study: Study) -> str:
-    errors = {
-        (str(row.get("method")), row.get("layer")): error
-        for row in study.layers
-        if (error := number(row, "output_error")) is not None
-    }
-    method = next((m for m in reversed(study.methods) if any(m == known for known, _ in errors)), None)
-    if method is None:
-        return "Where the loss sits"
-    (_, layer), error = max((item for item in errors.items() if item[0][0] == method), key=lambda item: item[1])
-    return f"Layer {layer} is the hardest for {method_name(method)}: {percent(error)} of its output's energy is off"
+    """The largest error of the strongest method whose errors are known."""
+    for method in reversed(study.methods):
+        rows = [row for row in study.layers if row.get("method") == method and number(row, "output_error") is not None]
+        if rows:
+            worst = max(rows, key=lambda row: row["output_error"])
+            return (
+                f"With {heads(worst['kv_heads'])}, layer {worst.get('layer')} is the hardest for {method_name(method)}: "
+                f"{percent(worst['output_error'])} of its output's energy is off"
+            )
+    return "Where the loss sits"
 
 
 def cache_bytes(study: Study, kv_heads: int) -> float | None:
