@@ -165,10 +165,9 @@ def layers_title(study: Study) -> str:
         rows = [row for row in study.layers if row.get("method") == method and number(row, "output_error") is not None]
         if rows:
             worst = max(rows, key=lambda row: row["output_error"])
-            return (
-                f"With {heads(worst['kv_heads'])}, layer {worst.get('layer')} is the hardest for {method_name(method)}: "
-                f"{percent(worst['output_error'])} of its output's energy is off"
-            )
+            place = f"With {heads(worst['kv_heads'])}, layer {worst.get('layer')}"
+            extent = f"{percent(worst['output_error'])} of its output's energy is off"
+            return f"{place} is the hardest for {method_name(method)}: {extent}"
     return "Where the loss sits"
 
 
