@@ -30,7 +30,9 @@ _BASIS = {
     "kv_bytes_per_token": "predicted",
     "kv_bytes_per_token_parent": "predicted",
 }
-_PLAN_BASIS: dict[str, str] = dict.fromkeys(("bytes", "free_space_needed_bytes", "peak_memory_bytes_estimate"), "predicted")
+_PLAN_BASIS: dict[str, str] = dict.fromkeys(
+    ("bytes", "free_space_needed_bytes", "peak_memory_bytes_estimate"), "predicted"
+)
 
 _EXAMPLES = """
 gqa convert ./my-mha-model ./my-gqa-model --kv-heads 8 --calibrate corpus.txt
