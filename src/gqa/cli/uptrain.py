@@ -40,7 +40,7 @@ gqa uptrain ./my-mha-model ./control --text corpus.txt --tokens 1M
 @click.option("--parent-tokens", metavar="N", help="The parent's training tokens, where its folder does not say.")
 @click.option("--no-distill", is_flag=True, help="Train on the text alone; the parent then only gives its token count.")
 @click.option("--distill-weight", type=float, default=0.7, show_default=True, help="Share of the teacher in the loss.")
-@click.option("--learning-rate", type=float, help="Peak learning rate.  [default: 3e-4]")
+@click.option("--learning-rate", type=float, help="Peak learning rate.  [default: 2e-4]")
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows per step.")
 @click.option("--window", metavar="TOKENS", help=f"Tokens per window.  [default: {_WINDOW}, or the model's context]")
 @click.option("--seed", type=int, default=0, show_default=True)

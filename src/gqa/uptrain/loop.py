@@ -23,7 +23,7 @@ from gqa.uptrain.distill import distillation_loss
 from gqa.uptrain.folder import Job, begin, find_job, finish, read_report
 from gqa.weights.reader import Checkpoint
 
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 2e-4
 _TRACE = "gqa_trace.json"  # written last into a checkpoint: one that has it is complete
 _RECENT = 10  # steps behind a reported final loss
 
