@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gqa.convert.scores import Positions
+
 # Windows per forward pass: enough to fill two cores, small enough for any hidden size.
 BATCH = 8
 
@@ -77,11 +79,25 @@ class Block:
 
     def attend(self, inputs: Tensor) -> Tensor:
         """The attention alone: (n, T, d) -> (n, T, d), with gradients where the caller wants them."""
+        return self.attention(inputs, **self._arguments_of(inputs))[0]
+
+    def positions(self, inputs: Tensor) -> Positions:
+        """Rotary turns, visible keys and scale of this attention, for windows like `inputs` (n, T, d)."""
+        arguments = self._arguments_of(inputs[:1])
+        T = inputs.shape[1]
+        cos, sin = (part[0, :, : part.shape[-1] // 2] for part in arguments["position_embeddings"])
+        visible = torch.ones(T, T, dtype=torch.bool).tril()
+        mask = arguments["attention_mask"]
+        if mask is not None:  # without one, sdpa is told to be causal
+            visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        return Positions(torch.complex(cos, sin).to(inputs.dtype.to_complex()), visible, float(self.attention.scaling))
+
+    def _arguments_of(self, inputs: Tensor) -> dict[str, Any]:
         size = inputs.shape[:2]
         if size not in self._arguments:  # masks and rotary angles depend on the batch's size alone
             with torch.no_grad():
                 self._arguments[size] = self._run(torch.zeros_like(inputs), self.attention, before=True)[1]
-        return self.attention(inputs, **self._arguments[size])[0]
+        return self._arguments[size]
 
     def _run(self, hidden: Tensor, module: nn.Module, *, before: bool) -> tuple[Tensor, dict[str, Any]]:
         """Run the decoder until `module` and return its first input or output and its other keyword arguments."""

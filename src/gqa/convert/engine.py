@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from gqa.config import child_config, parse_config
-from gqa.convert import grouping, heads, refine
+from gqa.convert import grouping, heads, refine, scores
 from gqa.convert.calibrate import BATCH, Block, second_moment
 from gqa.convert.merge import METHODS
 from gqa.convert.recipe import Recipe
 from gqa.progress import Progress, silent
 from gqa.weights.layout import AttentionWeights, Layout
 from gqa.weights.reader import Checkpoint
+
+# Tokens of the calibration text on which W_q and W_k are refitted.
+_SCORE_TOKENS = 8192
 
 # Methods whose closed form is weighted by the calibration activations.
 _WEIGHTED = ("svd", "procrustes")
@@ -71,6 +74,10 @@ class Engine:
         child, groups = self._merge(parent, moment, generator)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
 
+        if self.recipe.refit:
+            some = slice(0, max(1, _SCORE_TOKENS // inputs.shape[1]))
+            parent_inputs = block.attention_input(parent_hidden[some])
+            child = self._refit_scores(child, parent, groups, inputs[some], parent_inputs, block.positions(inputs))
         student = self._block(layer, self.child_config, heads.join(child, weights))
         if self.recipe.refit:
             refine.refit(student, inputs, targets)
@@ -89,8 +96,9 @@ class Engine:
             )
             refine.refit(student, inputs, targets)
             report["output_error"] = refine.output_error(student, inputs, targets)
-        self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
-        return self._attention_of(layer, student), report
+        converted = self._as_stored(layer, self._attention_of(layer, student))
+        self.replay(layer, converted)
+        return converted, report
 
     def replay(self, layer: int, weights: AttentionWeights) -> None:
         """Advance the calibration activations through a layer that is converted already."""
@@ -108,9 +116,22 @@ class Engine:
         else:
             groups = grouping.contiguous(len(parent.k), self.recipe.kv_heads)
         method = METHODS[self.recipe.method]
-        merged = [method(parent.select(group), moment, generator) for group in groups]
-        fields = ("q", "k", "v", "o")
-        return heads.Heads(*(torch.cat([getattr(one, field) for one in merged]) for field in fields)), groups
+        return _together([method(parent.select(group), moment, generator) for group in groups]), groups
+
+    def _refit_scores(
+        self,
+        child: heads.Heads,
+        parent: heads.Heads,
+        groups: grouping.Groups,
+        inputs: Tensor,
+        parent_inputs: Tensor,
+        where: scores.Positions,
+    ) -> heads.Heads:
+        fitted = [
+            scores.refit_scores(child.select([index]), parent.select(group), inputs, parent_inputs, where)
+            for index, group in enumerate(groups)
+        ]
+        return _together(fitted)
 
     def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
         prefix = self.layout.layer_prefix(layer)
@@ -136,6 +157,19 @@ class Engine:
             name: state.get(self.layout.tensor_name(layer, name)) for name in AttentionWeights.__dataclass_fields__
         }
         return AttentionWeights(**fields)  # type: ignore[arg-type]
+
+    def _as_stored(self, layer: int, weights: AttentionWeights) -> AttentionWeights:
+        """The weights rounded to the checkpoint's dtypes: later layers make up for the rounding too, and are fitted on
+        the same numbers when a former run's layers are replayed."""
+        fields = {
+            field: None if tensor is None else tensor.to(self.checkpoint.dtype(self.layout.tensor_name(layer, field)))
+            for field, tensor in vars(weights).items()
+        }
+        return AttentionWeights(**fields)  # type: ignore[arg-type]
+
+
+def _together(merged: list[heads.Heads]) -> heads.Heads:
+    return heads.Heads(*(torch.cat([getattr(one, field) for one in merged]) for field in ("q", "k", "v", "o")))
 
 
 @torch.no_grad()
