@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,8 @@ def _embedded(window: int | None, seed: int, progress: Progress) -> tuple[Source
     parent = embedded_parent(progress=progress, corpus=corpus)
     text = from_corpus(corpus, parent.folder, window or _WINDOW, seed)
     training = {"train_tokens": parent.train_tokens, "train_seconds": parent.train_seconds}
-    return open_checkpoint(str(parent.folder)), text, training
+    source = dataclasses.replace(open_checkpoint(str(parent.folder)), name="stdlib-llama")
+    return source, text, training
 
 
 def _own(

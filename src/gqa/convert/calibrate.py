@@ -90,7 +90,9 @@ class Block:
         mask = arguments["attention_mask"]
         if mask is not None:  # without one, sdpa is told to be causal
             visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-        return Positions(torch.complex(cos, sin).to(inputs.dtype.to_complex()), visible, float(self.attention.scaling))
+        scale = self.attention.scaling
+        assert isinstance(scale, float)
+        return Positions(torch.complex(cos, sin).to(inputs.dtype.to_complex()), visible, scale)
 
     def _arguments_of(self, inputs: Tensor) -> dict[str, Any]:
         size = inputs.shape[:2]

@@ -37,7 +37,7 @@ class Recipe:
     refine_tokens: int = 0
     calibration_tokens: int = 0
     refine_steps: int = 120
-    refine_learning_rate: float = 1e-3
+    refine_learning_rate: float = 0.03
     window: int = 256
     seed: int = 0
 

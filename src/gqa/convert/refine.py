@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa.convert.calibrate import BATCH, Block
+from gqa.convert.muon import Muon
 from gqa.progress import Progress, silent
 
 # Ridge of the refit, as a share of the mean energy of what W_o is given: ties directions that the text does not
@@ -65,26 +66,44 @@ def refine(
     progress: Progress = silent,
     stage: str = "refine",
 ) -> None:
-    """A short Adam on W_q, W_k, W_v, W_o (and their biases) of this attention alone.
+    """A short training of W_q, W_k, W_v, W_o (and their biases) of this attention alone.
 
     Loss: sum |o - y|^2 / sum |y|^2 of the batch, o the child's attention output on its own input, y the parent's at
-    the same layer. The learning rate falls to zero along a cosine. Nothing else of the model is in memory.
+    the same layer. Muon for the matrices, Adam for biases; a step moves a matrix by `learning_rate` of its root mean
+    square singular value at the start, falling to zero along a cosine, so that one rate fits models of any scale.
+    Nothing else of the model is in memory.
     """
     parameters = [p.requires_grad_(True) for p in block.attention.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
+    matrices = [p for p in parameters if p.ndim == 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    optimisers: list[torch.optim.Optimizer] = [
+        Muon([{"params": [p], "lr": learning_rate * float(p.detach().norm()) / min(p.shape) ** 0.5} for p in matrices])
+    ]
+    if vectors:
+        optimisers.append(
+            torch.optim.Adam([{"params": [p], "lr": learning_rate * _size(p)} for p in vectors], betas=(0.9, 0.95))
+        )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+        for optimiser in optimisers
+    ]
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < BATCH:  # a new pass over the windows, in a new order
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         chosen, order = order[:BATCH], order[BATCH:]
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         y = targets[chosen]
         loss = (block.attend(inputs[chosen]) - y).square().sum() / y.square().sum()
-        optimiser.zero_grad()
+        block.attention.zero_grad()
         loss.backward()
-        optimiser.step()
+        for worker in (*optimisers, *schedules):
+            worker.step()
         if step % 20 == 19 or step == steps - 1:
             progress(stage, step + 1, steps, f"error {loss.item():.4f}")
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def _size(vector: Tensor) -> float:
+    """Root mean square of a bias, or a small number where it is zero."""
+    return max(float(vector.detach().square().mean().sqrt()), 1e-3)

@@ -327,7 +327,7 @@ def _optimizers(model: LlamaForCausalLM, recipe: EmbeddedRecipe) -> list[torch.o
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
     import torch
 
-    from gqa.study.muon import Muon
+    from gqa.convert.muon import Muon
 
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]

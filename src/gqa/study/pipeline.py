@@ -99,7 +99,7 @@ class _Study:
         stages = 2 if self.uptrain is not None else 1
         self.total = 2 + (stages - 1) + len(settings.kv_heads) * len(METHODS) * 2 * stages
         self.done = 0
-        self._loaded_parent: Any = None
+        self._parent_logits: Any = None  # computed once for all children
 
     def run(self, training: dict[str, Any]) -> Record:
         self._claim()
@@ -244,13 +244,13 @@ class _Study:
         return self._evaluate(out) | {"uptrain_seconds": trained["seconds"]}
 
     def _evaluate(self, folder: Path, *, with_parent: bool = True) -> dict[str, Any]:
-        from gqa.evaluate import evaluate, load_model
+        from gqa.evaluate import evaluate, load_model, remember
 
-        if self._loaded_parent is None:
-            self._loaded_parent = load_model(self.parent)
         if not with_parent:
-            return evaluate(self._loaded_parent, self.test)
-        return evaluate(load_model(folder), self.test, parent=self._loaded_parent)
+            return evaluate(load_model(folder), self.test)
+        if self._parent_logits is None:
+            self._parent_logits = remember(load_model(self.parent), self.test)
+        return evaluate(load_model(folder), self.test, parent=self._parent_logits)
 
     def _decode(self) -> dict[str, Any]:
         """Time one more token at every context; the settings take turns, so that a slow moment of the machine does
