@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_a_converted_folder_serves_the_same_text_everywhere(parent, tmp_path, sa
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "child")
         prompt = tokenizer("def f7(x):\n    return", return_tensors="pt", return_token_type_ids=False)
         for attention in ("eager", "sdpa", "gqa"):
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "child", attn_implementation=attention)
+            model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "child", attn_implementation=attention)
             assert model.config.num_key_value_heads == kv_heads
             assert model.model.layers[0].self_attn.k_proj.weight.shape == (kv_heads * 8, 32)
             with torch.no_grad():

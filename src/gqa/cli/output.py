@@ -96,10 +96,10 @@ def progress() -> Iterator[Progress]:
     else:
         last: dict[str, float] = {}
 
-        def show_line(stage: str, done: int, total: int, text: str = "") -> None:
+        def show_line(stage: str, done: int, total: int, note: str = "") -> None:
             now = time.monotonic()
             if stage not in last or done >= total or now - last[stage] > 30:
                 last[stage] = now
-                note(f"{stage}: {done}/{total} {text}".rstrip())
+                click.echo(f"{stage}: {done}/{total} {note}".rstrip(), err=True)
 
         yield show_line
