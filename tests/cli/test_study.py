@@ -1,0 +1,72 @@
+import json
+
+import pytest
+from helpers.small import small_parent
+
+from gqa.cli.main import main
+from gqa.cli.study import parse_stops
+from gqa.errors import GqaError
+from gqa.record import read_record
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return small_parent(tmp_path_factory.mktemp("parent"))
+
+
+def test_a_model_of_ones_own(parent, tmp_path, capsys):
+    folder, corpus = parent
+    out = tmp_path / "study"
+    arguments = ("study", folder, "--text", corpus.train[0], "--out", out, "--kv-heads", "1", "--uptrain-tokens", "256")
+    arguments += ("--window", "32")
+    assert run(*arguments) == 0
+    printed = capsys.readouterr()
+    assert "What each setting saves" in printed.out
+    assert "svd+refine" in printed.out
+    assert str(out / "report.html") in printed.err
+    assert (out / "report.html").stat().st_size < 1_000_000
+
+    assert run(*arguments, "--json") == 0  # answered from the steps
+    record = json.loads(capsys.readouterr().out)
+    assert record["command"] == "study"
+    assert record["results"] == json.loads(json.dumps(read_record(out / "study.json").results))
+
+    assert run(*arguments[:-2], "--window", "16") == 2
+    assert "another study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "corpus.txt"), "--text needs a MODEL"),
+        (("model",), "needs text"),
+        (("model", "--text", "corpus.txt", "--kv-heads", "two"), "not a list of numbers"),
+        (("model", "--text", "corpus.txt", "--uptrain-tokens", "few"), "token count"),
+    ],
+)
+def test_what_is_missing_is_said(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("study", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_that_do_not_divide(parent, tmp_path, capsys):
+    folder, corpus = parent
+    arguments = ("study", folder, "--text", corpus.train[0], "--out", tmp_path / "out", "--window", "32")
+    assert run(*arguments, "--kv-heads", "3") == 2
+    assert "3 KV heads do not divide 4 query heads" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_stops():
+    assert parse_stops(None) == ()
+    assert parse_stops("8, 4,1") == (8, 4, 1)
+    with pytest.raises(GqaError):
+        parse_stops("8;4")
