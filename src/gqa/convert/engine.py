@@ -23,7 +23,7 @@ from gqa.weights.layout import AttentionWeights, Layout
 from gqa.weights.reader import Checkpoint
 
 # Tokens of the calibration text on which W_q and W_k are refitted.
-_SCORE_TOKENS = 8192
+_SCORE_TOKENS = 4096
 
 # Methods whose closed form is weighted by the calibration activations.
 _WEIGHTED = ("svd", "procrustes")
