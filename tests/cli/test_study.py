@@ -65,6 +65,14 @@ def test_heads_that_do_not_divide(parent, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear all")
+    assert run("study", "--out", tmp_path) == 2
+    assert "something else" in capsys.readouterr().err
+    assert run("study", "--out", tmp_path / "letter.txt") == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
 def test_stops():
     assert parse_stops(None) == ()
     assert parse_stops("8, 4,1") == (8, 4, 1)

@@ -68,7 +68,9 @@ def command(
 
     from gqa.report.page import render
     from gqa.study.pipeline import Settings, run
+    from gqa.study.steps import check_folder
 
+    check_folder(out)  # before minutes of training, not after
     started = time.perf_counter()
     with output.progress() as progress:
         if model is None:

@@ -15,6 +15,14 @@ from gqa.record import write_text_atomic
 _FORMAT = 1  # of the files: raise it when an old one must not be taken for a new one
 
 
+def check_folder(out: Path) -> None:
+    """Raise GqaError if `out` holds anything that is not the work of steps."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "steps" / "identity.json").exists():
+        raise GqaError("the folder holds something else", got=out, hint="choose another one with --out")
+    if out.exists() and not out.is_dir():
+        raise GqaError("not a folder", got=out, hint="choose another place with --out")
+
+
 class Steps:
     """Named steps of one piece of work in the folder `out`/steps; `identity` says which work it is.
 
@@ -36,9 +44,8 @@ class Steps:
                     got=f"{out} (different: {', '.join(different)})",
                     hint=f"choose another folder with --out, or remove {out}",
                 )
-        elif out.exists() and any(out.iterdir()):
-            raise GqaError("the folder holds something else", got=out, hint="choose another one with --out")
         else:
+            check_folder(out)
             write_text_atomic(path, json.dumps(wanted, indent=2) + "\n")
 
     def do(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
