@@ -59,7 +59,7 @@ gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-ru
 @click.option("--refine", metavar="TOKENS", help="Train each attention against the parent's on that many tokens.")
 @click.option("--refine-steps", type=int, default=120, show_default=True, help="Steps of that training per layer.")
 @click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
-@click.option("--refit/--no-refit", default=None, help="Fit W_o to the parent's output.  [default: by method]")
+@click.option("--refit/--no-refit", default=None, help="Fit W_q, W_k, W_o to the parent.  [default: by method]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @output.json_option

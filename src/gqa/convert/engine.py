@@ -22,9 +22,6 @@ from gqa.progress import Progress, silent
 from gqa.weights.layout import AttentionWeights, Layout
 from gqa.weights.reader import Checkpoint
 
-# Tokens of the calibration text on which W_q and W_k are refitted.
-_SCORE_TOKENS = 4096
-
 # Methods whose closed form is weighted by the calibration activations.
 _WEIGHTED = ("svd", "procrustes")
 
@@ -75,7 +72,7 @@ class Engine:
         report: dict[str, Any] = {"layer": layer, "groups": groups}
 
         if self.recipe.refit:
-            some = slice(0, max(1, _SCORE_TOKENS // inputs.shape[1]))
+            some = slice(0, max(1, scores.SCORE_TOKENS // inputs.shape[1]))
             parent_inputs = block.attention_input(parent_hidden[some])
             child = self._refit_scores(child, parent, groups, inputs[some], parent_inputs, block.positions(inputs))
         student = self._block(layer, self.child_config, heads.join(child, weights))

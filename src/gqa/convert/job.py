@@ -12,6 +12,7 @@ from typing import Any
 
 from gqa.config import ModelShape, child_config, kv_head_choices, parse_config
 from gqa.convert.recipe import Recipe
+from gqa.convert.scores import SCORE_TOKENS
 from gqa.errors import GqaError
 from gqa.source import Source
 from gqa.weights.header import TensorEntry
@@ -86,17 +87,21 @@ class Job:
         Without calibration: one attention in float64, parent's and child's, and what the closed forms make of it.
         With it: also a whole block of parent and child in float32, the covariance and its roots in float64, and about
         ten numbers per token and hidden dimension (hidden states, inputs and targets, before and after the block).
-        Refining adds gradients and two moments of Adam for one attention. The factors are fitted to measured peaks.
+        Refitting scores holds one group's scores and attention on SCORE_TOKENS tokens. Refining adds gradients and
+        momenta for one attention. The factors are fitted to measured peaks.
         """
         attention = max((sum(_numbers(e) for e in self._attention(layer)) for layer in self.changes), default=0)
         peak = 5 * attention * _WORK_BYTES
+        tokens = self.recipe.windows * self.recipe.window
         if self.recipe.windows and not self.identity:
             hidden = self.parent.hidden
             prefix = self.layout.layer_prefix(0)
             block = sum(_numbers(self.checkpoint.entry(n)) for n in self.checkpoint.names if n.startswith(prefix))
-            tokens = self.recipe.windows * self.recipe.window
             peak += 2 * block * 4 + 10 * tokens * hidden * 4 + 4 * hidden * hidden * _WORK_BYTES
             peak = max(peak, self.checkpoint.entry(self.layout.embedding).nbytes + tokens * hidden * 4)
+        if self.recipe.refit and not self.identity:
+            queries = max(layer.query_heads for layer in self.child.layers) // self.recipe.kv_heads
+            peak += 2 * queries * min(SCORE_TOKENS, tokens) * self.recipe.window * 4
         if self.recipe.refine_tokens and not self.identity:
             peak += 3 * attention * 4
         return peak
@@ -147,10 +152,10 @@ class Job:
     def _steps(self) -> list[str]:
         recipe = self.recipe
         steps = [f"group heads ({recipe.grouping})", f"merge ({recipe.method})"]
-        if recipe.refit or recipe.refine_tokens:
-            steps.append("refit W_o")
+        if recipe.refit:
+            steps += ["refit W_q and W_k", "refit W_o"]
         if recipe.refine_tokens:
-            steps.insert(2, f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps")
+            steps += [f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps", "refit W_o"]
         return steps
 
 

@@ -22,8 +22,9 @@ BASELINES = ("mean", "first", "random")
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """kv_heads: H of the result. method: how the heads of a group become one. grouping: which heads share,
-    `search`ed or `contiguous`. refit: fit W_o to the parent's attention output by ridge regression. refine_tokens:
-    tokens on which each attention is trained against the parent's (0: not at all), in `refine_steps` steps of Adam.
+    `search`ed or `contiguous`. refit: fit W_q and W_k to the parent's scores and W_o to its attention output, by least
+    squares. refine_tokens: tokens on which each attention is trained against the parent's (0: not at all), in
+    `refine_steps` steps that begin at `refine_learning_rate`.
     calibration_tokens: tokens whose activations weigh the errors (0: none, no text is needed). window: tokens per
     window of that text.
 
@@ -108,8 +109,8 @@ def make_recipe(
 ) -> Recipe:
     """A Recipe with what was not said filled in.
 
-    svd and procrustes search the grouping and, where there is calibration text, refit W_o; mean, first and random
-    are the published baselines: contiguous groups, nothing fitted.
+    svd and procrustes search the grouping and, where there is calibration text, refit W_q, W_k and W_o; mean, first
+    and random are the published baselines: contiguous groups, nothing fitted.
     """
     baseline = method in BASELINES
     return Recipe(

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gqa.convert.heads import Heads, from_pairs, to_pairs
 
+# Tokens of the calibration text that the fit looks at.
+SCORE_TOKENS = 4096
+
 # Conjugate-gradient steps per matrix; the matrices take turns, the queries first and last.
 _STEPS = 10
 _TURNS = ("q", "k", "q")
