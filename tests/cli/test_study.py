@@ -2,9 +2,10 @@ import json
 
 import pytest
 from helpers.small import small_parent
+from helpers.study_record import study_record
 
 from gqa.cli.main import main
-from gqa.cli.study import parse_stops
+from gqa.cli.study import parse_stops, print_tables
 from gqa.errors import GqaError
 from gqa.record import read_record
 
@@ -71,6 +72,15 @@ def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path, capsys)
     assert "something else" in capsys.readouterr().err
     assert run("study", "--out", tmp_path / "letter.txt") == 2
     assert "not a folder" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_not_as_predicted_is_said(capsys):
+    record = study_record()
+    print_tables(record)
+    assert "predicted = measured to the byte" in capsys.readouterr().out
+    record.results["decode"][0]["cache_bytes_measured"] += 1
+    print_tables(record)
+    assert "NOT what was measured" in capsys.readouterr().out
 
 
 def test_stops():

@@ -113,11 +113,15 @@ def print_tables(record: Record) -> None:
             {
                 "KV heads": str(heads),
                 "cache per token": format_bytes(setting["kv_bytes_per_token"]),
-                "cache is": f"{setting['kv_cache_saving_ratio']:.0f}x smaller",
+                "cache is": f"{saving:.3g}x smaller"
+                if (saving := setting["kv_cache_saving_ratio"]) > 1
+                else "as it was",
                 f"decode at {longest} tokens": format_seconds(times[heads, longest]) if longest else "-",
             }
         )
-    output.table(rows, title="\nWhat each setting saves (cache predicted = measured to the byte; decoding measured)")
+    exact = all(row["cache_bytes_predicted"] == row["cache_bytes_measured"] for row in results["decode"])
+    cache = "predicted = measured to the byte" if exact else "predicted, and NOT what was measured: see the record"
+    output.table(rows, title=f"\nWhat each setting saves (cache {cache}; decoding measured)")
     scores = {(row["kv_heads"], row["method"], row["stage"]): row for row in results["quality"]}
     rows = []
     for heads in [setting["kv_heads"] for setting in results["settings"]][1:]:
