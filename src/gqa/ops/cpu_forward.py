@@ -1,0 +1,487 @@
+r"""Forward and decode on a CPU: one kernel, in Python, compiled by Numba.
+
+Work is cut into tasks: a KV head of a sequence, a tile of its query rows (the G queries of every token, token-major:
+row = t * G + g), and a range of keys. Each task walks its keys in blocks with an online softmax:
+
+    K rows -> staged fp32    scores[key][row] = K Q^T           GROUP keys at a time
+                             p = exp2(scores - max of row)      visibility, softcap and mask before it
+    V rows -> staged fp32    acc[row] += p^T V                  a block of keys at a time
+
+So every K/V element is read from memory once per tile of rows, which at decode is once per group. Scores lie
+key-major: lanes are rows, and the softmax needs no sums across lanes. With fewer rows than lanes, the lanes of one
+vector hold several keys (`terms` of them, see simd.rank_shared).
+
+Where there are few tiles, as at decode, a tile's keys are split over several tasks; the last of them to finish merges
+their partial results. Scores are kept in units of log 2.
+"""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim of q, k · Dv head dim of v
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+from gqa.ops.job import viewer
+from gqa.ops.simd import (
+    FP32,
+    VECTOR_BYTES,
+    WIDTH,
+    exp2,
+    fetch_add,
+    fma,
+    inline,
+    load,
+    load_int,
+    load_scalar,
+    maximum,
+    prefetch,
+    size_of,
+    splat,
+    store,
+    store_as,
+    store_int,
+    store_scalar,
+    swap,
+    where_less,
+)
+from gqa.ops.tiles import GROUP, STAGE, STAGE_BYTES, jit, product_columns, product_rows, product_rows_shared, stage_row
+
+BLOCK = 64  # keys of one step of the online softmax
+MAX_ROWS = 128  # query rows of a tile
+
+LOG2_E = np.float32(math.log2(math.e))
+LN_2 = np.float32(math.log(2.0))
+NEGATIVE = np.float32(-math.inf)
+LOWEST = np.float32(-3e38)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
+
+NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+
+
+class Job(ctypes.Structure):
+    """One call: addresses, strides (bytes) and options. Absent tensors are 0."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in (
+                "next_worker next_task counters tasks scratch "
+                "q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token "
+                "out out_batch out_head out_token lse "
+                "kv_heads group tokens keys head_dim v_head_dim "
+                "rows tiles splits split_keys partials partial_bytes arrivals "
+                "causal q_start q_starts window lengths starts table table_batch table_blocks page_tokens "
+                "mask mask_kind mask_batch mask_head mask_token mask_key sinks "
+                "k_scale k_scale_batch k_scale_head k_scale_token v_scale v_scale_batch v_scale_head v_scale_token "
+                "capped ahead"
+            ).split()
+        ]
+        + [("scale", ctypes.c_double), ("softcap", ctypes.c_double)]
+    )
+
+
+view = viewer(Job)
+
+
+def _layout() -> dict[str, int]:
+    """Where each part of a worker's scratch begins, and what it needs in all, in bytes."""
+    sizes = {
+        "QUERIES": 4 * (STAGE * MAX_ROWS),
+        "SCORES": 4 * BLOCK * MAX_ROWS,
+        "BIAS": 4 * BLOCK * MAX_ROWS,
+        "K_STAGE": GROUP * STAGE_BYTES,
+        "V_STAGE": BLOCK * STAGE_BYTES,
+        "SUMS": MAX_ROWS * STAGE_BYTES,
+        "HIGHEST": 4 * MAX_ROWS,
+        "TOTAL": 4 * MAX_ROWS,
+        "SHRINK": 4 * MAX_ROWS,
+        "LOW": 4 * MAX_ROWS,
+        "HIGH": 4 * MAX_ROWS,
+        "KEY_OF_LANE": 64,
+        "FIRST_KEY": 8 * MAX_ROWS,
+        "END_KEY": 8 * MAX_ROWS,
+        "MASK_ROW": 8 * MAX_ROWS,
+    }
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = end
+        end += -(-size // 64) * 64
+    return {**places, "SCRATCH_BYTES": end}
+
+
+_PLACES = _layout()
+QUERIES, SCORES, BIAS, K_STAGE, V_STAGE, SUMS = (
+    _PLACES[name] for name in ("QUERIES", "SCORES", "BIAS", "K_STAGE", "V_STAGE", "SUMS")
+)
+HIGHEST, TOTAL, SHRINK, LOW, HIGH = (_PLACES[name] for name in ("HIGHEST", "TOTAL", "SHRINK", "LOW", "HIGH"))
+KEY_OF_LANE, FIRST_KEY, END_KEY, MASK_ROW = (
+    _PLACES[name] for name in ("KEY_OF_LANE", "FIRST_KEY", "END_KEY", "MASK_ROW")
+)
+SCRATCH_BYTES = _PLACES["SCRATCH_BYTES"]
+
+
+@inline
+def lanes_of(rows):
+    """How rows of queries fill lanes: (rows padded, vectors per key, keys per vector)."""
+    if rows > WIDTH // 2:
+        vectors = (rows + WIDTH - 1) // WIDTH
+        return vectors * WIDTH, vectors, 1
+    padded = 1
+    while padded < rows:
+        padded *= 2
+    return padded, 1, WIDTH // padded
+
+
+@inline
+def across(vector, rows, largest):
+    """Combine the lanes of the several keys that a vector holds, by maximum or sum: all keys' lanes get the result."""
+    if WIDTH > 8 and rows <= 8:
+        other = swap(vector, 8)
+        vector = maximum(vector, other) if largest else vector + other
+    if WIDTH > 4 and rows <= 4:
+        other = swap(vector, 4)
+        vector = maximum(vector, other) if largest else vector + other
+    if rows <= 2:
+        other = swap(vector, 2)
+        vector = maximum(vector, other) if largest else vector + other
+    if rows <= 1:
+        other = swap(vector, 1)
+        vector = maximum(vector, other) if largest else vector + other
+    return vector
+
+
+@inline
+def tanh(x):
+    """(e^2x - 1) / (e^2x + 1), and a polynomial near 0 where that would cancel. Absolute error below 2e-7."""
+    limited = where_less(x, splat(np.float32(-10.0)), splat(np.float32(-10.0)), x)
+    limited = where_less(splat(np.float32(10.0)), limited, splat(np.float32(10.0)), limited)
+    power = exp2(limited * splat(np.float32(2.0 * LOG2_E)))
+    far = (power - splat(ONE)) / (power + splat(ONE))
+    square = x * x
+    near = fma(square, splat(np.float32(62.0 / 2835.0)), splat(np.float32(-17.0 / 315.0)))
+    near = fma(square, near, splat(np.float32(2.0 / 15.0)))
+    near = fma(square, near, splat(np.float32(-1.0 / 3.0)))
+    near = fma(square * x, near, x)
+    return where_less(square, splat(np.float32(0.04)), near, far)
+
+
+@jit
+def load_queries(kind, job, sequence, head, first, rows, padded, terms, here):
+    """Rows of q times the scale into QUERIES: [d][row], or [d // terms][row][d % terms] where lanes are shared."""
+    size = size_of(kind)
+    columns = job.head_dim
+    whole = (columns + terms - 1) // terms * terms
+    queries = here + QUERIES
+    for place in range(0, 4 * whole * padded, VECTOR_BYTES):
+        store(queries + place, splat(ZERO))
+    factor = np.float32(job.scale / job.softcap) if job.capped else np.float32(job.scale) * LOG2_E
+    for row in range(rows):
+        token = (first + row) // job.group
+        query = first + row - token * job.group
+        source = job.q + sequence * job.q_batch + (head * job.group + query) * job.q_head + token * job.q_token
+        if terms == 1:
+            target = queries + 4 * row
+            for d in range(columns):
+                store_scalar(FP32, target, load_scalar(kind, source) * factor)
+                target += 4 * padded
+                source += size
+        else:
+            for d in range(columns):
+                target = queries + 4 * ((d // terms) * WIDTH + row * terms + d % terms)
+                store_scalar(FP32, target, load_scalar(kind, source) * factor)
+                source += size
+
+
+@jit
+def visible_range(job, sequence, first, rows, here):
+    """FIRST_KEY and END_KEY of every row, which causality, window and lengths leave it; returns what holds them all,
+    and what all of them hold: (lowest first, highest end, highest first, lowest end)."""
+    begin, end = 0, job.keys
+    if job.starts:
+        begin = max(begin, load_int(job.starts + 8 * sequence, 8))
+    if job.lengths:
+        end = min(end, load_int(job.lengths + 8 * sequence, 8))
+    start = load_int(job.q_starts + 8 * sequence, 8) if job.q_starts else job.q_start
+    lowest, highest, inner_low, inner_high = job.keys, 0, 0, job.keys
+    for row in range(rows):
+        position = start + (first + row) // job.group
+        low = max(begin, position - job.window + 1) if job.window else begin
+        high = min(end, position + 1) if job.causal else end
+        if high <= low:
+            low = high = 0
+        else:
+            lowest, highest = min(lowest, low), max(highest, high)
+        inner_low, inner_high = max(inner_low, low), min(inner_high, high)
+        store_int(here + FIRST_KEY + 8 * row, low)
+        store_int(here + END_KEY + 8 * row, high)
+    return lowest, highest, inner_low, inner_high
+
+
+@inline
+def row_address(base, batch_stride, head_stride, token_stride, job, sequence, head, key):
+    """Where one token's K, V or scale lies: in a tensor of its own sequence, or in the page that the table names."""
+    if job.table:
+        page = load_int(job.table + sequence * job.table_batch + 8 * (key // job.page_tokens), 8)
+        return base + page * batch_stride + head * head_stride + (key % job.page_tokens) * token_stride
+    return base + sequence * batch_stride + head * head_stride + key * token_stride
+
+
+@jit
+def stage_keys(kind, job, sequence, head, key, count, here):
+    """Rows of K for `count` keys from `key` on, float32."""
+    lines = job.head_dim * size_of(kind)
+    for i in range(count):
+        source = row_address(job.k, job.k_batch, job.k_head, job.k_token, job, sequence, head, key + i)
+        factor = ONE
+        if size_of(kind) == 1:
+            factor = load_scalar(
+                FP32,
+                row_address(
+                    job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token, job, sequence, head, key + i
+                ),
+            )
+        if job.ahead:
+            for line in range(0, lines, 64):
+                prefetch(source + job.ahead * job.k_token + line)
+        stage_row(kind, source, job.head_dim, here + K_STAGE + i * STAGE_BYTES, factor)
+
+
+@jit
+def stage_values(kind, job, sequence, head, key, count, here):
+    """Rows of V for `count` keys from `key` on, float32."""
+    lines = job.v_head_dim * size_of(kind)
+    for i in range(count):
+        source = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, key + i)
+        factor = ONE
+        if size_of(kind) == 1:
+            factor = load_scalar(
+                FP32,
+                row_address(
+                    job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
+                ),
+            )
+        if job.ahead:
+            for line in range(0, lines, 64):
+                prefetch(source + job.ahead * job.v_token + line)
+        stage_row(kind, source, job.v_head_dim, here + V_STAGE + i * STAGE_BYTES, factor)
+
+
+@jit
+def load_bias(job, key, count, rows, padded, here):
+    """The mask of a block as numbers to add, in log 2: BIAS [key][row]. Returns whether any row sees any key."""
+    seen = False
+    for i in range(count):
+        column = job.mask + (key + i) * job.mask_key
+        target = here + BIAS + 4 * i * padded
+        for row in range(rows):
+            place = column + load_int(here + MASK_ROW + 8 * row, 8)
+            if job.mask_kind == BOOL_MASK:
+                bias = ZERO if load_int(place, 1) else NEGATIVE
+            else:
+                bias = load_scalar(FP32, place) * LOG2_E
+            seen = seen or bias != NEGATIVE
+            store_scalar(FP32, target + 4 * row, bias)
+    return seen
+
+
+@jit
+def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
+    """SCORES to probabilities relative to the rows' highest scores; updates HIGHEST, TOTAL and SHRINK.
+
+    Returns whether a highest score changed, by which the sums so far must shrink.
+    """
+    scores, width = here + SCORES, 4 * padded
+    if partial:
+        for lane in range(vectors * WIDTH):
+            row = lane % padded
+            low, high = 0, 0
+            if row < rows:
+                low = load_int(here + FIRST_KEY + 8 * row, 8) - key
+                high = load_int(here + END_KEY + 8 * row, 8) - key
+            store_scalar(FP32, here + LOW + 4 * lane, np.float32(min(max(low, 0), BLOCK)))
+            store_scalar(FP32, here + HIGH + 4 * lane, np.float32(min(max(high, 0), count)))
+    number = load(here + KEY_OF_LANE)
+    changed = False
+    for j in range(vectors):
+        lanes = 4 * WIDTH * j
+        before = load(here + HIGHEST + lanes)
+        highest = before
+        if partial or job.capped or job.mask_kind:
+            low, high = load(here + LOW + lanes), load(here + HIGH + lanes)
+            for i in range(0, count, terms):
+                score = load(scores + i * width + lanes)
+                if job.capped:
+                    score = tanh(score) * splat(np.float32(job.softcap) * LOG2_E)
+                if job.mask_kind:
+                    score = score + load(here + BIAS + i * width + lanes)
+                if partial:
+                    here_key = number + splat(np.float32(i))
+                    score = where_less(here_key, high, score, splat(NEGATIVE))
+                    score = where_less(here_key, low, splat(NEGATIVE), score)
+                store(scores + i * width + lanes, score)
+                highest = maximum(score, highest)
+        else:
+            for i in range(0, count, terms):
+                highest = maximum(load(scores + i * width + lanes), highest)
+        if terms > 1:
+            highest = across(highest, padded, True)
+        shift = where_less(highest, splat(LOWEST), splat(ZERO), highest)
+        shrink = exp2(before - shift)
+        total = load(here + TOTAL + lanes) * shrink
+        for i in range(0, count, terms):
+            p = exp2(load(scores + i * width + lanes) - shift)
+            store(scores + i * width + lanes, p)
+            total = total + p
+        store(here + HIGHEST + lanes, highest)
+        store(here + TOTAL + lanes, total)
+        store(here + SHRINK + lanes, shrink)
+    for row in range(rows):
+        changed = changed or load_scalar(FP32, here + SHRINK + 4 * row) != ONE
+    return changed
+
+
+@jit
+def finish_row(kind, job, sequence, head, row, sums, vectors, total, highest):
+    """out and lse of one row from its sums of p V, its total of p and its highest score."""
+    token = row // job.group
+    query = head * job.group + row - token * job.group
+    if job.sinks:
+        sink = load_scalar(FP32, job.sinks + 4 * query) * LOG2_E
+        raised = max(highest, sink)
+        if raised > LOWEST:
+            shrink = np.float32(math.exp2(highest - raised))
+            total = total * shrink + np.float32(math.exp2(sink - raised))
+            for place in range(0, vectors * VECTOR_BYTES, VECTOR_BYTES):
+                store(sums + place, load(sums + place) * splat(shrink))
+            highest = raised
+    if job.lse:
+        place = job.lse + 4 * ((sequence * job.kv_heads * job.group + query) * job.tokens + token)
+        lse = NEGATIVE if total == ZERO else highest * LN_2 + np.float32(math.log(total))
+        store_scalar(FP32, place, lse)
+    inverse = ZERO if total == ZERO else ONE / total
+    target = job.out + sequence * job.out_batch + query * job.out_head + token * job.out_token
+    size, columns = size_of(kind), job.v_head_dim
+    whole = columns - columns % WIDTH
+    for column in range(0, whole, WIDTH):
+        store_as(kind, target + column * size, load(sums + 4 * column) * splat(inverse))
+    for column in range(whole, columns):
+        store_scalar(kind, target + column * size, load_scalar(FP32, sums + 4 * column) * inverse)
+
+
+@jit
+def merge(kind, job, unit, sequence, head, first, rows, vectors):
+    """The partial results of a tile's splits into its output. Partials: per split (highest, total, sums) per row."""
+    row_bytes = 8 + vectors * VECTOR_BYTES
+    base = job.partials + unit * job.splits * job.partial_bytes
+    for row in range(rows):
+        place = base + row * row_bytes
+        highest = NEGATIVE
+        for split in range(job.splits):
+            highest = max(highest, load_scalar(FP32, place + split * job.partial_bytes))
+        if not highest > LOWEST:
+            highest = load_scalar(FP32, place)
+            shift = ZERO
+        else:
+            shift = highest
+        total = ZERO
+        for split in range(job.splits):
+            here = place + split * job.partial_bytes
+            factor = np.float32(math.exp2(load_scalar(FP32, here) - shift))
+            total += factor * load_scalar(FP32, here + 4)
+            for column in range(8, row_bytes, VECTOR_BYTES):
+                before = splat(ZERO) if split == 0 else load(place + column)
+                store(place + column, fma(load(here + column), splat(factor), before))
+        finish_row(kind, job, sequence, head, first + row, place + 8, vectors, total, highest)
+
+
+@jit
+def run_task(q_kind, kv_kind, job, task, here):
+    split = task % job.splits
+    unit = task // job.splits
+    tile = job.tiles - 1 - unit % job.tiles  # under causality the last tiles have most keys: longest first
+    sequence = unit // job.tiles // job.kv_heads
+    head = unit // job.tiles % job.kv_heads
+    first = tile * job.rows
+    rows = min(job.rows, job.tokens * job.group - first)
+    padded, vectors, terms = lanes_of(rows)
+    columns = (job.v_head_dim + WIDTH - 1) // WIDTH
+
+    lowest, highest, inner_low, inner_high = visible_range(job, sequence, first, rows, here)
+    begin, end = lowest, highest
+    if job.splits > 1:
+        begin = max(begin, split * job.split_keys)
+        end = min(end, (split + 1) * job.split_keys)
+
+    for place in range(0, vectors * VECTOR_BYTES, VECTOR_BYTES):
+        store(here + HIGHEST + place, splat(NEGATIVE))
+        store(here + TOTAL + place, splat(ZERO))
+    for row in range(rows):
+        for place in range(0, columns * VECTOR_BYTES, VECTOR_BYTES):
+            store(here + SUMS + row * STAGE_BYTES + place, splat(ZERO))
+
+    if begin < end:
+        load_queries(q_kind, job, sequence, head, first, rows, padded, terms, here)
+        store(here + KEY_OF_LANE, splat(ZERO))
+        if terms > 1:
+            for lane in range(WIDTH):
+                store_scalar(FP32, here + KEY_OF_LANE + 4 * lane, np.float32(lane // padded))
+        if job.mask_kind:
+            for row in range(rows):
+                token = (first + row) // job.group
+                query = head * job.group + first + row - token * job.group
+                place = sequence * job.mask_batch + query * job.mask_head + token * job.mask_token
+                store_int(here + MASK_ROW + 8 * row, place)
+
+    for key in range(begin, end, BLOCK):
+        count = min(BLOCK, end - key)
+        if job.mask_kind and not load_bias(job, key, count, rows, padded, here):
+            continue
+        for group in range(0, count, GROUP):
+            stage_keys(kv_kind, job, sequence, head, key + group, min(GROUP, count - group), here)
+            scores = here + SCORES + 4 * group * padded
+            if terms == 1:
+                product_rows(scores, 4 * padded, here + K_STAGE, here + QUERIES, 4 * padded, job.head_dim, vectors, False)
+            else:
+                product_rows_shared(scores, here + K_STAGE, here + QUERIES, job.head_dim, terms)
+        partial = key < inner_low or key + count > inner_high or count % terms != 0
+        if softmax(job, key, count, rows, padded, vectors, terms, partial, here):
+            for row in range(rows):
+                shrink = splat(load_scalar(FP32, here + SHRINK + 4 * row))
+                for place in range(row * STAGE_BYTES, row * STAGE_BYTES + columns * VECTOR_BYTES, VECTOR_BYTES):
+                    store(here + SUMS + place, load(here + SUMS + place) * shrink)
+        stage_values(kv_kind, job, sequence, head, key, count, here)
+        product_columns(
+            here + SUMS, STAGE_BYTES, here + SCORES, 4 * padded, here + V_STAGE, STAGE_BYTES, count, rows, columns
+        )
+
+    if terms > 1:
+        store(here + TOTAL, across(load(here + TOTAL), padded, False))
+    if job.splits == 1:
+        for row in range(rows):
+            total = load_scalar(FP32, here + TOTAL + 4 * row)
+            top = load_scalar(FP32, here + HIGHEST + 4 * row)
+            finish_row(q_kind, job, sequence, head, first + row, here + SUMS + row * STAGE_BYTES, columns, total, top)
+        return
+    target = job.partials + (unit * job.splits + split) * job.partial_bytes
+    for row in range(rows):
+        store_scalar(FP32, target, load_scalar(FP32, here + HIGHEST + 4 * row))
+        store_scalar(FP32, target + 4, load_scalar(FP32, here + TOTAL + 4 * row))
+        target += 8
+        for place in range(0, columns * VECTOR_BYTES, VECTOR_BYTES):
+            store(target + place, load(here + SUMS + row * STAGE_BYTES + place))
+        target += columns * VECTOR_BYTES
+    if fetch_add(job.arrivals + 8 * unit, 1) == job.splits - 1:
+        merge(q_kind, job, unit, sequence, head, first, rows, columns)
+
+
+@jit
+def work(q_kind, kv_kind, address):
+    """What every thread of a call runs: take tasks until there are none. The first fields of a Job are the counters."""
+    job = view(address)
+    here = job.scratch + fetch_add(job.counters, 1) * SCRATCH_BYTES
+    task = fetch_add(job.counters + 8, 1)
+    while task < job.tasks:
+        run_task(q_kind, kv_kind, job, task, here)
+        task = fetch_add(job.counters + 8, 1)

@@ -1,0 +1,193 @@
+"""What the CPU kernels are made of above single vectors: staged rows and the two matrix products of attention.
+
+Numbers are staged once into float32 rows of constant stride that stay in the first caches, whatever their dtype,
+strides or pages were; all products run on those. STAGE is odd in cache lines, so that rows do not compete for one set.
+"""
+
+# One product, two ways to walk A; both sum over n outer products (`rank_one`):
+#   rows:    C[i, j] (+)= sum_r A[i, r] B[r, j]   A's rows are staged rows, r runs along them
+#   columns: C[i, j]  +=  sum_r A[r, i] B[r, j]   A's columns are neighbours, r runs down the rows
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from gqa.ops import simd
+from gqa.ops.simd import (
+    FP32,
+    REGISTERS,
+    VECTOR_BYTES,
+    WIDTH,
+    fold,
+    inline,
+    load_as,
+    load_scalar,
+    load_tile,
+    rank_one,
+    rank_shared,
+    size_of,
+    splat,
+    store,
+    store_scalar,
+    store_tile,
+    zeros,
+)
+
+STAGE = 272  # floats from row to row: a head dim of at most 256, and one cache line
+STAGE_BYTES = 4 * STAGE
+GROUP = 16  # keys multiplied at a time
+WIDE = REGISTERS == 32  # 16 sums in registers at once; else 8
+
+jit = njit(error_model="numpy", no_cpython_wrapper=True)
+
+
+@inline
+def stage_row(kind, source, columns, target, factor):
+    """One row of numbers to float32; columns up to the next multiple of WIDTH become 0. int8 is times `factor`."""
+    size = size_of(kind)
+    whole = columns - columns % WIDTH
+    for column in range(0, whole, WIDTH):
+        vector = load_as(kind, source + column * size)
+        if size == 1:
+            vector = vector * splat(factor)
+        store(target + 4 * column, vector)
+    if whole < columns:
+        store(target + 4 * whole, splat(np.float32(0.0)))
+        for column in range(whole, columns):
+            value = load_scalar(kind, source + column * size)
+            if size == 1:
+                value = value * factor
+            store_scalar(FP32, target + 4 * column, value)
+
+
+@inline
+def _rows(tile, c, c_stride, a, b, b_stride, n, add):
+    if add:
+        tile = load_tile(tile, c, c_stride)
+    for _ in range(n):
+        tile = rank_one(tile, a, STAGE, b)
+        a += 4
+        b += b_stride
+    store_tile(tile, c, c_stride)
+
+
+@inline
+def _columns(tile, c, c_stride, a, a_stride, b, b_stride, n):
+    tile = load_tile(tile, c, c_stride)
+    for _ in range(n):
+        tile = rank_one(tile, a, 1, b)
+        a += a_stride
+        b += b_stride
+    store_tile(tile, c, c_stride)
+
+
+@jit
+def product_rows(c, c_stride, a, b, b_stride, n, vectors, add):
+    """GROUP staged rows of A times B: C (GROUP, vectors * WIDTH), overwritten, or added to with `add`. Strides: bytes."""
+    j = 0
+    if WIDE:
+        while vectors - j >= 4:
+            for i in range(0, GROUP, 4):
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _rows(zeros(4, 4), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+            j += 4
+        while vectors - j >= 2:
+            for i in range(0, GROUP, 8):
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _rows(zeros(8, 2), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+            j += 2
+        if vectors > j:
+            _rows(zeros(16, 1), c + j * VECTOR_BYTES, c_stride, a, b + j * VECTOR_BYTES, b_stride, n, add)
+    else:
+        while vectors - j >= 2:
+            for i in range(0, GROUP, 4):
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _rows(zeros(4, 2), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+            j += 2
+        if vectors > j:
+            for i in range(0, GROUP, 8):
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _rows(zeros(8, 1), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+
+
+@jit
+def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors):
+    """C (rows, vectors * WIDTH) += A^T B, A (n, rows) with rows next to each other. Strides: bytes."""
+    j = 0
+    if WIDE:
+        while vectors - j >= 4:
+            i = 0
+            while rows - i >= 4:
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _columns(zeros(4, 4), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+                i += 4
+            while rows > i:
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _columns(zeros(1, 4), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+                i += 1
+            j += 4
+    while vectors - j >= 2:
+        i = 0
+        if WIDE:
+            while rows - i >= 8:
+                here = c + i * c_stride + j * VECTOR_BYTES
+                _columns(zeros(8, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+                i += 8
+        while rows - i >= 4:
+            here = c + i * c_stride + j * VECTOR_BYTES
+            _columns(zeros(4, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            i += 4
+        while rows > i:
+            here = c + i * c_stride + j * VECTOR_BYTES
+            _columns(zeros(1, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            i += 1
+        j += 2
+    if vectors > j:
+        i = 0
+        while rows - i >= 8:
+            here = c + i * c_stride + j * VECTOR_BYTES
+            _columns(zeros(8, 1), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            i += 8
+        while rows > i:
+            here = c + i * c_stride + j * VECTOR_BYTES
+            _columns(zeros(1, 1), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            i += 1
+
+
+def _shared(terms):
+    """`product_rows` for WIDTH // terms columns, whose sums share the lanes of one vector (see simd.rank_shared).
+
+    b: n // terms vectors with lanes (column, term); c: (GROUP, WIDTH // terms), dense.
+    """
+    step = 4 * terms
+
+    @inline
+    def product(c, a, b, n):
+        tile = zeros(16, 1)
+        for _ in range(0, n, terms):
+            tile = rank_shared(tile, a, STAGE, b, terms)
+            a += step
+            b += VECTOR_BYTES
+        store_tile(fold(tile, terms), c, VECTOR_BYTES)
+
+    return product
+
+
+_product_2, _product_4, _product_8, _product_16 = (_shared(terms if terms <= WIDTH else WIDTH) for terms in (2, 4, 8, 16))
+
+
+@jit
+def product_rows_shared(c, a, b, n, terms):
+    """GROUP staged rows of A times B, whose WIDTH // terms columns lie in one vector with lanes (column, term)."""
+    if terms == 2:
+        _product_2(c, a, b, n)
+    elif terms == 4:
+        _product_4(c, a, b, n)
+    elif terms == 8:
+        _product_8(c, a, b, n)
+    else:
+        _product_16(c, a, b, n)
+
+
+BUILD = (simd.WIDTH, simd.REGISTERS)
