@@ -1,0 +1,125 @@
+"""The gate before the clock: how far a result is from float64, and how far it may be.
+
+The oracle here is a textbook softmax over whole score matrices, one head at a time so that float64 copies stay small,
+and it shares no code with what is timed.
+"""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from gqa.bench.problem import Inputs
+
+FP32_ROUNDING = 2.0**-24
+STRETCHES = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """The result of a problem in float64, (out,) or (out, dq, dk, dv), and how far another may be from it.
+
+    Tokens are judged in stretches, as under a causal mask the first rows are large and the last ones small: `allowed`
+    has for each result a limit per stretch.
+    """
+
+    exact: tuple[torch.Tensor, ...]
+    allowed: tuple[torch.Tensor, ...]
+
+    def worst(self, found: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+        """(largest difference, allowed) where a result comes closest to its limit, or is furthest beyond it.
+        The difference is infinite where shapes differ or something is not a number."""
+        assert len(found) == len(self.exact)
+        pairs = []
+        for ours, exact, allowed in zip(found, self.exact, self.allowed, strict=True):
+            if ours.shape != exact.shape:
+                return float("inf"), float(allowed.max())
+            error = _largest(ours.double() - exact).nan_to_num(torch.inf)
+            place = int((error / allowed).argmax())
+            pairs.append((float(error[place]), float(allowed[place])))
+        return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+
+def answer(inputs: Inputs) -> Answer:
+    """The exact result, and the error allowed for each part and stretch of it:
+
+        2 * (largest error of the textbook computation in the queries' dtype) + r * (largest element)
+
+    r is what n additions one after another, each rounded to u of the sum, lose in all likelihood, sqrt(n) * u (Higham
+    and Mary 2019, SIAM J. Sci. Comput. 41(5)): the textbook sums in blocks, which a kernel need not. These are the S
+    keys in fp32, u = 2^-24; for dk and dv also the G query heads in the dtype of the gradients, where they are usually
+    added up. Results of a wrong head, or without some of the keys, are off by far more.
+    """
+    problem = inputs.problem
+    B, H = inputs.k.shape[:2]
+    G, S = problem.query_heads // H, problem.context_tokens
+    shapes = [inputs.q.shape]
+    if problem.backward:
+        shapes += [inputs.q.shape, inputs.k.shape, inputs.v.shape]
+    exact = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    rounding = [torch.zeros(1) for _ in shapes]
+    for b in range(B):
+        for h in range(H):
+            heads = slice(h * G, (h + 1) * G)  # query head n reads KV head n // G
+            places = (heads, heads, slice(h, h + 1), slice(h, h + 1))
+            pairs = zip(_head(inputs, b, h, torch.float64), _head(inputs, b, h, problem.query_dtype), strict=True)
+            for index, (right, plain) in enumerate(pairs):
+                exact[index][b, places[index]] = right
+                rounding[index] = torch.maximum(rounding[index], _largest(plain[None].double() - right[None]))
+    keys = S**0.5 * FP32_ROUNDING
+    heads = keys + G**0.5 * torch.finfo(problem.query_dtype).eps / 2
+    allowed = tuple(
+        2 * error + sums * _largest(part)
+        for error, sums, part in zip(rounding, (keys, keys, heads, heads), exact, strict=False)
+    )
+    return Answer(exact, allowed)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in each stretch of tokens of x (B, heads, tokens, D); NaN where there is one."""
+    per_token = x.abs().amax(dim=(0, 1, 3))
+    return torch.stack([part.amax() for part in per_token.chunk(STRETCHES)])
+
+
+def _head(inputs: Inputs, b: int, h: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """All about one KV head of one sequence in a dtype: out (G, T, D), or out, dq, dk (1, S, D) and dv (1, S, D)."""
+    problem = inputs.problem
+    G = problem.query_heads // problem.kv_heads
+    q, k, v = inputs.q[b, h * G : (h + 1) * G].to(dtype), inputs.k[b, h].to(dtype), inputs.v[b, h].to(dtype)
+    if inputs.k_scale is not None and inputs.v_scale is not None:
+        # The numbers that int8 stands for are exact in fp32 only, so they are rounded once.
+        wide = torch.promote_types(dtype, torch.float32)
+        k = (k.to(wide) * inputs.k_scale[b, h, :, None].to(wide)).to(dtype)
+        v = (v.to(wide) * inputs.v_scale[b, h, :, None].to(wide)).to(dtype)
+    if inputs.grad is None and not problem.causal:
+        return (_textbook(q[:, 0], k, v, causal=False)[:, None],)  # all G query heads see the same keys
+    if inputs.grad is None:
+        return (torch.stack([_textbook(query, k, v, causal=problem.causal) for query in q]),)
+    outs, dqs = [], []
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for query, grad in zip(q, inputs.grad[b, h * G : (h + 1) * G].to(dtype), strict=True):
+        leaves = [x.detach().requires_grad_() for x in (query, k, v)]
+        out = _textbook(*leaves, causal=problem.causal)
+        gradients = torch.autograd.grad(out, leaves, grad)
+        outs.append(out.detach())
+        dqs.append(gradients[0])
+        dk, dv = dk + gradients[1], dv + gradients[2]
+    return torch.stack(outs), torch.stack(dqs), dk[None], dv[None]
+
+
+def _textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """softmax(q kT / sqrt(D)) v of one query head: q (T, D), k and v (S, D)."""
+    scores = _product(q, k.mT) * q.shape[-1] ** -0.5
+    if causal:
+        T = len(scores)
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    return _product(torch.softmax(scores, dim=-1), v)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A matrix product in the operands' dtype: summed in fp32, then rounded. torch's own in fp16 can take minutes."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(wide) @ right.to(wide)).to(left.dtype)

@@ -1,0 +1,139 @@
+"""This machine's own limits, measured: how fast it reads memory and how fast it multiplies fp32 matrices.
+
+A share of a limit is only honest if nothing can go faster, so each limit is the fastest of several ways to reach it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gqa.bench.timing import take_turns
+from gqa.record import describe_machine
+from gqa.units import MIB
+
+READ_BYTES = 256 * MIB
+MATRIX_SHAPES = ((1024, 1024, 1024), (2048, 2048, 1024), (4096, 1024, 1024))
+REPEATS = 9
+UNKNOWN_CACHE_BYTES = 64 * MIB
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """What the machine is, and what it reached in this run with `threads` threads.
+
+    simd:                 the vector instructions torch found, such as AVX2 or AVX512
+    cache_bytes:          the last-level cache
+    read_bytes_per_second, fp32_flops_per_second: medians of the fastest method, whose name stands beside
+    """
+
+    processor: str
+    cores: int
+    threads: int
+    simd: str
+    cache_bytes: int
+    read_bytes_per_second: float
+    read_method: str
+    fp32_flops_per_second: float
+    matrix_method: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    """A piece of work whose `amount`, in bytes or FLOPs, over its time is a rate of the machine."""
+
+    name: str
+    amount: int
+    run: Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """The machine, and the two probes that were fastest on it, to be run again between other measurements."""
+
+    machine: Machine
+    read: Probe
+    multiply: Probe
+
+
+def measure_machine() -> Machine:
+    """Measure both limits with torch's threads; a second or two, and a buffer of 4 last-level caches or 256 MiB."""
+    return measure_limits().machine
+
+
+def measure_limits(
+    *,
+    read_bytes: int | None = None,
+    matrix_shapes: tuple[tuple[int, int, int], ...] = MATRIX_SHAPES,
+    repeats: int = REPEATS,
+) -> Limits:
+    """Time every probe in turns and keep the fastest of each kind.
+
+    read_bytes: the size of the buffer that is read; by default far more than the last-level cache holds.
+    matrix_shapes: (rows, inner, columns) of the products. Raises GqaError for fewer than 1 repeat.
+    """
+    cache = last_level_cache_bytes()
+    reads = read_probes(read_bytes or max(READ_BYTES, 4 * cache))
+    products = [matrix_probe(*shape) for shape in matrix_shapes]
+    (read, read_rate), (multiply, matrix_rate) = (fastest(kind, repeats) for kind in (reads, products))
+    about = describe_machine()
+    machine = Machine(
+        processor=about["processor"],
+        cores=about["cores"],
+        threads=torch.get_num_threads(),
+        simd=torch.backends.cpu.get_cpu_capability(),
+        cache_bytes=cache,
+        read_bytes_per_second=read_rate,
+        read_method=read.name,
+        fp32_flops_per_second=matrix_rate,
+        matrix_method=multiply.name,
+    )
+    return Limits(machine, read, multiply)
+
+
+def fastest(probes: list[Probe], repeats: int) -> tuple[Probe, float]:
+    """The probe of the highest rate, and that rate, amount over median seconds."""
+    timed = take_turns({probe.name: lambda _, probe=probe: probe.run() for probe in probes}, repeats=repeats)
+    rates = {probe.name: probe.amount / timed[probe.name].p50 for probe in probes}
+    best = max(probes, key=lambda probe: rates[probe.name])
+    return best, rates[best.name]
+
+
+def read_probes(count: int) -> list[Probe]:
+    """Reductions that read `count` bytes once and write next to nothing. Which of them torch runs in long vectors on
+    all threads differs between machines."""
+    numbers = torch.ones(count // 4)
+    count = numbers.nbytes
+    left, right = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 : len(numbers) // 2 * 2]
+    integers = numbers[: len(numbers) // 2 * 2].view(torch.int64)
+    return [
+        Probe("sum of fp32", count, functools.partial(torch.sum, numbers)),
+        Probe("max of fp32", count, functools.partial(torch.max, numbers)),
+        Probe("dot of fp32", left.nbytes + right.nbytes, functools.partial(torch.dot, left, right)),
+        Probe("sum of int64", integers.nbytes, functools.partial(torch.sum, integers)),
+    ]
+
+
+def matrix_probe(rows: int, inner: int, columns: int) -> Probe:
+    """fp32 (rows, inner) @ (inner, columns), 2 * rows * inner * columns FLOPs."""
+    left, right = torch.ones(rows, inner), torch.ones(inner, columns)
+    out = torch.empty(rows, columns)
+    name = f"sgemm {rows} x {inner} x {columns}"
+    return Probe(name, 2 * rows * inner * columns, functools.partial(torch.mm, left, right, out=out))
+
+
+def last_level_cache_bytes(caches: Path = _CACHES) -> int:
+    """The largest cache that Linux tells of; 64 MiB where it tells of none, which errs on the side of cold caches."""
+    sizes = []
+    for path in caches.glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip())
+        if match:
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20}[match[2]])
+    return max(sizes, default=0) or UNKNOWN_CACHE_BYTES

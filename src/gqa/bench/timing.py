@@ -1,0 +1,71 @@
+"""Contenders timed in turns, so that a slow moment of the machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from gqa.errors import GqaError
+
+WARM_UP_ROUNDS = 2
+LEAST_ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seconds:
+    """Percentiles over `repeats` timed runs, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+
+def percentiles(seconds: Sequence[float]) -> Seconds:
+    """The 20th, 50th and 80th percentile, linear between neighbours."""
+    points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(points).tolist()
+    return Seconds(p20, p50, p80, len(seconds))
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    repeats: int,
+    budget_seconds: float | None = None,
+    warm_up: int = WARM_UP_ROUNDS,
+    after: Mapping[str, Callable[[], object]] | None = None,
+    on_round: Callable[[int], object] | None = None,
+) -> dict[str, Seconds]:
+    """Run every contender once per round, `repeats` rounds; odd rounds go backwards, so that none always follows the
+    same one.
+
+    A contender is called with the number of its turn, which rises by one from turn to turn, warm-up included.
+    budget_seconds: stop early once this time is spent and `LEAST_ROUNDS` rounds are done.
+    after: what to do after a contender's turn, outside its time; on_round: told how many timed rounds are done.
+
+    Returns name -> Seconds. Raises GqaError for fewer than 1 repeat.
+    """
+    if repeats < 1:
+        raise GqaError("repeats must be positive", got=repeats, allowed="1 or more")
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
+    for turn in range(warm_up + repeats):
+        for name in list(contenders) if turn % 2 == 0 else reversed(list(contenders)):
+            start = time.perf_counter()
+            contenders[name](turn)
+            elapsed = time.perf_counter() - start
+            if after and name in after:
+                after[name]()
+            if turn >= warm_up:
+                taken[name].append(elapsed)
+        done = turn + 1 - warm_up
+        if done > 0 and on_round:
+            on_round(done)
+        spent = time.perf_counter() - begin
+        if budget_seconds is not None and done >= LEAST_ROUNDS and spent > budget_seconds:
+            break
+    return {name: percentiles(seconds) for name, seconds in taken.items()}
