@@ -4,41 +4,42 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 from transformers.configuration_utils import PreTrainedConfig
 
-from gqa.cache.contiguous import ContiguousLayer
+from gqa.cache.contiguous import ContiguousCache, ContiguousLayer
+from gqa.cache.int8 import Int8Cache, Int8Layer
+from gqa.cache.paged import PagedCache, PagedLayer
+from gqa.cache.pool import BlockPool
 from gqa.errors import GqaError
 
 
 class GqaCacheLayer(CacheLayerMixin):
-    """One `ContiguousLayer` as transformers' models call it. `keys` and `values` are views of the tokens held."""
+    """One layer of a `GqaCache`. `keys` and `values` are what it holds, as attention reads it: views of the tokens
+    (contiguous), or `Stored`."""
 
     is_croppable = True
 
-    def __init__(self, capacity: int = 0, window: int | None = None) -> None:
+    def __init__(self, block: ContiguousLayer | Int8Layer | PagedLayer) -> None:
         super().__init__()
-        self.block = ContiguousLayer(capacity, window)
-        self.is_sliding = window is not None
+        self.block: Any = block
+        self.is_sliding = not isinstance(block, PagedLayer) and block.window is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.update(key_states[:, :, :0], value_states[:, :, :0])
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = self.block.append(key_states, value_states)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self._refresh()
+        self.refresh()
         return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys the next update returns, and the position of the first of them."""
-        return self.block.held + query_length, self.block.length - self.block.held
+        return self.block.span(query_length)
 
     def get_seq_length(self) -> int:
         return self.block.length
@@ -46,67 +47,123 @@ class GqaCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # transformers' word for: grows without end
 
+    def refresh(self) -> None:
+        """After a change to the cache."""
+        if self.is_initialized:
+            self.keys, self.values = self.block.stored()
+
     def reset(self) -> None:
-        self.block.reset()
-        self._refresh()
+        raise _whole("reset")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise _whole("reorder_cache")
+
+    def offload(self) -> None:
+        raise GqaError("GqaCache stays on its device", hint='use cache_implementation="offloaded" for offloading')
+
+
+class GqaCache(Cache):
+    """Our caches as `past_key_values=`: a step writes its token, where DynamicCache copies everything.
+
+    capacity: tokens to allocate at first; it grows by doubling beyond.
+    config: the model's; with it, layers with a sliding window keep no more tokens than that. Without it, every layer
+    keeps all tokens, which is right for any model, and heavier for those.
+    kind: how the tokens are held:
+        "contiguous"   as they are
+        "int8"         in int8 with a scale per token and head: about a quarter of fp32, half of bf16, and a rounding
+                       of at most 1/254 of a row's largest number
+        "paged"        as they are, in blocks of 16 tokens. Beams and copies of a prompt share what they have in
+                       common. All layers keep all tokens: the mask applies a window
+    pool: for "paged", a `BlockPool` to share with other caches; `reset` gives its blocks back. By default one of its
+    own, which grows.
+
+    int8 and paged caches need attn_implementation="gqa"; another one raises GqaError when it meets them.
+    Raises GqaError for a config whose layers are not all attention with keys and values of their own.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 0,
+        config: PreTrainedConfig | None = None,
+        kind: Literal["contiguous", "paged", "int8"] = "contiguous",
+        *,
+        pool: BlockPool | None = None,
+    ) -> None:
+        windows = [] if config is None else _windows(config)
+        if pool is not None and kind != "paged":
+            raise GqaError(f"a {kind} cache has no pool", hint='GqaCache(kind="paged", pool=pool)')
+        if kind == "paged":
+            self.store = PagedCache(capacity, pool=pool)
+        elif kind in _GROWING:
+            self.store = _GROWING[kind](capacity, windows)
+        else:
+            raise GqaError("an unknown kind of cache", got=repr(kind), allowed="contiguous, paged, int8")
+        self.kind = kind
+        if config is None:
+            super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+        else:
+            super().__init__(layers=[GqaCacheLayer(self.store.layer(index)) for index in range(len(windows))])
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The layers of the store."""
+        return self.store.layers
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the tokens held, over all layers: what `gqa plan` predicts for this many tokens; of a paged cache,
+        of the blocks they lie in."""
+        return self.store.nbytes_used
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the memory taken, used or not."""
+        return self.store.nbytes_allocated
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers counts backwards: -2 removes the last two tokens."""
-        self.block.crop(self.block.length - abs(tokens_to_remove))
+        self.store.crop(self.store.length - abs(tokens_to_remove))
+        self._refresh()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.store.reset()
         self._refresh()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.block.select(indices)
+        self.store.select(indices)
         self._refresh()
 
-    def offload(self) -> None:
-        raise GqaError("GqaCache stays on its device", hint='use cache_implementation="offloaded" for offloading')
+    def _new_layer(self) -> GqaCacheLayer:
+        return GqaCacheLayer(self.store.layer(len(self.layers)))
 
     def _refresh(self) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.block.views()
+        for layer in self.layers:
+            if isinstance(layer, GqaCacheLayer):
+                layer.refresh()
 
 
-class GqaCache(Cache):
-    """Our preallocated cache as `past_key_values=`: a step writes its token, where DynamicCache copies everything.
+_GROWING = {"contiguous": ContiguousCache, "int8": Int8Cache}
 
-    capacity: tokens to allocate at first; it grows by doubling beyond.
-    config: the model's; with it, layers with a sliding window keep no more tokens than that. Without it, every layer
-    keeps all tokens, which is right for any model, and heavier for those.
-    Raises GqaError for a config whose layers are not all attention with keys and values of their own.
-    """
 
-    def __init__(self, capacity: int = 0, config: PreTrainedConfig | None = None) -> None:
-        if config is None:
-            super().__init__(layer_class_to_replicate=partial(GqaCacheLayer, capacity))  # type: ignore[arg-type]
-            return
-        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
-            raise GqaError(
-                "GqaCache does not serve all layers of this model",
-                got=", ".join(strange),
-                allowed="full_attention, sliding_attention",
-                hint="leave past_key_values to transformers",
-            )
-        super().__init__(layers=[GqaCacheLayer(capacity, one.get("sliding_window")) for one in arguments])
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Per layer, the tokens that its window holds; None for all."""
+    types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise GqaError(
+            "GqaCache does not serve all layers of this model",
+            got=", ".join(strange),
+            allowed="full_attention, sliding_attention",
+            hint="leave past_key_values to transformers",
+        )
+    return [one.get("sliding_window") for one in arguments]
 
-    @property
-    def blocks(self) -> list[ContiguousLayer]:
-        return [layer.block for layer in self.layers if isinstance(layer, GqaCacheLayer)]
 
-    @property
-    def nbytes_used(self) -> int:
-        """Bytes of the tokens held, over all layers: what `gqa plan` predicts for this many tokens."""
-        return sum(block.nbytes_used for block in self.blocks)
-
-    @property
-    def nbytes_allocated(self) -> int:
-        """Bytes of the blocks, used or not."""
-        return sum(block.nbytes_allocated for block in self.blocks)
+def _whole(method: str) -> GqaError:
+    return GqaError(f"the layers of a GqaCache change together, not by {method}() of one", hint="call the cache's own")

@@ -1,0 +1,156 @@
+"""A KV cache whose tokens lie in blocks of a pool, which it may share with other caches."""
+
+# B sequences · H KV heads · T new tokens · D head dim of k · Dv head dim of v
+
+from __future__ import annotations
+
+import torch
+
+from gqa.cache.check import check_capacity, check_crop
+from gqa.cache.pool import BlockPool, Step
+from gqa.cache.stored import Stored
+from gqa.errors import GqaError
+
+
+class PagedLayer:
+    """One layer of a `PagedCache`. length: the tokens it has been given."""
+
+    def __init__(self, cache: PagedCache, index: int) -> None:
+        self.cache, self.index = cache, index
+        self.length = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[Stored, Stored]:
+        """Add k (B, H, T, D) and v (B, H, T, Dv); return all that is held: the pools, their block table and lengths.
+
+        The first layer to go ahead takes the blocks, for all. Raises GqaError when k and v do not go with what is
+        held, when autograd would need them, or when the pool is full; then nothing has changed.
+        """
+        self.cache.pool.check(self.index, k, v)
+        step = self.cache.step(k.shape[0], self.length, k.shape[2])
+        stored = self.cache.pool.write(self.index, step, k, v)
+        self.length += k.shape[2]
+        return stored
+
+    def stored(self) -> tuple[Stored, Stored]:
+        """The keys and values held, as attention reads them."""
+        return self.cache.pool.stored(self.index, self.cache.sequences)
+
+    def span(self, tokens: int) -> tuple[int, int]:
+        """How many keys there are after so many tokens more, and the position of the first of them.
+
+        The block table has room for up to a block more.
+        """
+        return self.length + tokens, 0
+
+
+class PagedCache:
+    """B sequences of a `BlockPool` that go forward together, layer by layer, as a model's forward does.
+
+    Takes all tokens of every layer: a sliding window is the attention's to apply.
+
+    capacity: tokens per sequence to allocate at first, in a pool of its own that doubles when it is full.
+    pool: live in this one instead, beside other caches, until `reset` gives the blocks back. Where it does not grow,
+    an append that it has no room for is refused and changes nothing.
+    """
+
+    def __init__(self, capacity: int = 0, *, pool: BlockPool | None = None) -> None:
+        check_capacity(capacity)
+        self.capacity = capacity
+        self.pool = BlockPool(0, grows=True) if pool is None else pool
+        self.sequences: list[int] = []
+        self.layers: list[PagedLayer] = []
+        self._step: Step | None = None
+        self._length = 0  # of the sequences in the pool; the layers still to be written in this step are behind
+
+    def layer(self, index: int) -> PagedLayer:
+        """Layer number `index`, from 0; made now if it is new."""
+        while len(self.layers) <= index:
+            self.layers.append(PagedLayer(self, len(self.layers)))
+        return self.layers[index]
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Stored, Stored]:
+        """Append k (B, H, T, D) and v (B, H, T, Dv) to a layer; return all it holds, as attention reads it."""
+        return self.layer(layer).append(k, v)
+
+    def layer_length(self, layer: int) -> int:
+        """Tokens that one layer has been given; 0 for a layer not seen yet."""
+        return self.layers[layer].length if layer < len(self.layers) else 0
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence, those of a step in progress not counted until its last layer has them."""
+        return min((layer.length for layer in self.layers), default=0)
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 before the first update."""
+        return len(self.sequences)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the blocks that its sequences hold, one that they share counted once: the tokens of each sequence
+        rounded up to whole blocks."""
+        return self.pool.blocks_of(self.sequences) * self.pool.block_bytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the pool."""
+        return self.pool.nbytes_allocated
+
+    def step(self, batch: int, length: int, tokens: int) -> Step:
+        """Where a layer that holds `length` tokens puts its next: a new step, or the one another layer began."""
+        if self._length == 0 and batch != len(self.sequences):
+            self.reset()
+            if self.pool.grows:
+                self.pool.enlarge(batch * self.pool.blocks_for(self.capacity))
+            self.sequences = [self.pool.allocate() for _ in range(batch)]
+        if batch != len(self.sequences):
+            raise GqaError("another number of sequences than the cache holds", got=batch, allowed=len(self.sequences))
+        if length == self._length:
+            self._step = self.pool.reserve(self.sequences, tokens)
+            self._length += tokens
+        elif self._step is None or length + tokens != self._length:
+            raise GqaError(
+                "the layers of a paged cache go forward together",
+                got=f"{tokens} tokens behind {length}",
+                allowed=f"{self._length - length}, as in the layer before",
+                hint="crop the cache to what all layers hold when a forward was cut short",
+            )
+        assert self._step is not None
+        return self._step
+
+    def fork(self) -> PagedCache:
+        """Another cache that begins with these tokens and shares their blocks: no copy is made."""
+        other = PagedCache(pool=self.pool)
+        other.sequences = [self.pool.fork(sequence) for sequence in self.sequences]
+        other._length = self._length
+        for layer in self.layers:
+            other.layer(layer.index).length = layer.length
+        return other
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence."""
+        check_crop(length, 0, self.length)
+        for sequence in self.sequences:
+            self.pool.crop(sequence, length)
+        self._settle(length)
+
+    def reset(self) -> None:
+        """Forget all tokens and sequences; their blocks are free for others."""
+        for sequence in self.sequences:
+            self.pool.release(sequence)
+        self.sequences = []
+        self._settle(0)
+
+    def select(self, sequences: torch.Tensor) -> None:
+        """Reorder, repeat or drop sequences, as beam search does: blocks change hands, none is copied."""
+        chosen = [self.pool.fork(self.sequences[index]) for index in sequences.tolist()]
+        for sequence in self.sequences:
+            self.pool.release(sequence)
+        self.sequences = chosen
+        self._step = None
+
+    def _settle(self, length: int) -> None:
+        self._step, self._length = None, length
+        for layer in self.layers:
+            layer.length = length
