@@ -1,0 +1,233 @@
+"""`gqa bench`: how fast attention is on this machine, and how fast it could be."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gqa.cli import output
+from gqa.cli.plan import parse_kv_heads
+from gqa.config import ModelShape, check_kv_heads, kv_head_choices, parse_config
+from gqa.errors import GqaError
+from gqa.record import Record
+from gqa.source import Source, open_source
+from gqa.units import DTYPE_BYTES, dtype_bytes, format_bytes, format_seconds, parse_tokens
+
+if TYPE_CHECKING:
+    from gqa.bench.problem import Problem
+
+HEADS, HEAD_DIM, CONTEXT, DTYPE = "32", 128, "8k", "bf16"
+OURS = "gqa"
+
+EXAMPLES = """
+gqa bench
+gqa bench --heads 64/8 --head-dim 128 --context 32k --dtype fp32
+gqa bench ./my-model --context 8k
+gqa bench llama-3.2-1b --layers 4 --context 32k --dtype bf16
+"""
+
+
+@click.command(cls=output.Command, examples=EXAMPLES)
+@click.argument("model", required=False)
+@click.option(
+    "--heads",
+    metavar="N or N/H",
+    help=f"Query heads, or query and KV heads such as 64/8.  [default: the model's, or {HEADS}]",
+)
+@click.option("--kv-heads", metavar="N,N,...", help="Settings to time.  [default: every divisor of the query heads]")
+@click.option("--head-dim", metavar="D", type=int, help=f"At most 256.  [default: the model's, or {HEAD_DIM}]")
+@click.option("--context", metavar="TOKENS", default=CONTEXT, show_default=True, help="Keys per sequence.")
+@click.option("--batch", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
+@click.option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPE_BYTES)}.  [default: the model's, or {DTYPE}]")
+@click.option("--prefill", is_flag=True, help="A whole causal prompt instead of one token.")
+@click.option("--layers", metavar="N", type=int, help="Also run N layers of MODEL's shape, with random weights.")
+@click.option("--impl", default="auto", show_default=True, help="The implementation to time, as in gqa.attention.")
+@click.option("--repeats", metavar="N", type=click.IntRange(min=1), default=20, show_default=True, help="Timed runs.")
+@output.json_option
+def command(
+    model: str | None,
+    heads: str | None,
+    kv_heads: str | None,
+    head_dim: int | None,
+    context: str,
+    batch: int,
+    dtype: str | None,
+    prefill: bool,
+    layers: int | None,
+    impl: str,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure attention on this machine: time per setting of the KV heads, the share of what the machine could do,
+    and what torch takes for the same.
+
+    MODEL, a bundled shape, a folder or a hub id, gives the shape. If it is a folder with weights, or with --layers,
+    tokens per second of the whole model follow, against transformers' default.
+    """
+    source = open_source(model) if model else None
+    shape = parse_config(source.config, source.name) if source else None
+    if shape and (heads or head_dim):
+        raise GqaError("MODEL gives the heads", got="--heads or --head-dim", hint="leave out MODEL or these options")
+    if layers is not None and not source:
+        raise GqaError("--layers goes with a MODEL", hint="gqa bench llama-3.2-1b --layers 4")
+    dtype = dtype or (shape and shape.weight_dtype) or DTYPE
+    dtype_bytes(dtype)
+    tokens = parse_tokens(context)
+    whole = source is not None and (layers is not None or _has_weights(source))
+    if whole and dtype == "int8":
+        raise GqaError("a model runs in fp32, bf16 or fp16", got="--dtype int8", allowed="fp32, bf16, fp16")
+    query_heads, settings = _settings(shape, heads, kv_heads)
+
+    from gqa.bench.problem import Problem
+
+    problems = [
+        Problem(
+            query_heads=query_heads,
+            kv_heads=setting,
+            head_dim=(shape.head_dim if shape else head_dim) or HEAD_DIM,
+            context_tokens=tokens,
+            query_tokens=tokens if prefill else 1,
+            batch=batch,
+            dtype=dtype,
+        )
+        for setting in settings
+    ]
+    loaded = _model(source, layers, dtype) if source and whole else None
+
+    from gqa.bench.run import bench
+
+    inputs = {"model": model, "layers": layers, "context_tokens": tokens, "dtype": dtype}
+    with output.progress() as progress:
+        record = bench(
+            problems,
+            impl=impl,
+            model=loaded,
+            random_weights=layers is not None,
+            contexts=(tokens,),
+            repeats=repeats,
+            inputs=inputs,
+            progress=progress,
+        )
+    if as_json:
+        output.record(record)
+    else:
+        _print(record, problems[0])
+        if source and not whole:
+            output.note(f"no weights here: gqa bench {model} --layers 4 also times whole layers, with random ones")
+
+
+def _settings(shape: ModelShape | None, heads: str | None, kv_heads: str | None) -> tuple[int, list[int]]:
+    """The query heads, and the numbers of KV heads to time, most first."""
+    given: list[int] = []
+    if shape is None:
+        parts = (heads or HEADS).split("/")
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and 0 < len(part) < 7 for part in parts):
+            raise GqaError("--heads is not understood", got=repr(heads), allowed="query heads, or query/KV heads")
+        query_heads, *given = map(int, parts)
+        if given and kv_heads:
+            raise GqaError("the KV heads are given twice", got=f"--heads {heads} and --kv-heads {kv_heads}")
+    else:
+        if shape.is_latent:
+            raise GqaError(f"{shape.name} uses latent attention, which has no KV heads", allowed="grouped attention")
+        query_heads = shape.query_heads
+    choices = kv_head_choices(query_heads) if query_heads else ()
+    wanted = given or (parse_kv_heads(kv_heads) if kv_heads else sorted(choices, reverse=True))
+    for setting in wanted:
+        if shape:
+            check_kv_heads(shape, setting)
+        elif setting not in choices:
+            raise GqaError(
+                f"{setting} KV heads do not divide {query_heads} query heads", allowed=choices or "1 or more"
+            )
+    return query_heads, wanted
+
+
+def _has_weights(source: Source) -> bool:
+    return source.folder is not None and any(source.folder.glob("*.safetensors"))
+
+
+def _model(source: Source, layers: int | None, dtype: str) -> Any:
+    """The model with its own weights, or some layers of its shape with random ones, on the CPU."""
+    from gqa.bench.problem import TORCH_DTYPES
+
+    if layers is None:
+        from gqa.evaluate import load_model
+
+        assert source.folder is not None
+        return load_model(source.folder, dtype=TORCH_DTYPES[dtype], device="cpu")
+    from gqa.bench.generation import random_model
+    from gqa.config.shallow import shallow_config
+
+    config = shallow_config(source.config, layers, source.name)
+    output.note(f"making {layers} layers of {source.name} with random weights")
+    return random_model(config, TORCH_DTYPES[dtype])
+
+
+def _print(record: Record, problem: Problem) -> None:
+    machine = record.results["machine"]
+    output.data(
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['simd']}: reads"
+        f" {machine['read_bytes_per_second'] / 1e9:.3g} GB/s, computes"
+        f" {machine['fp32_flops_per_second'] / 1e9:.3g} GFLOP/s in fp32 matrices (measured)"
+    )
+    rows = record.results["attention"]
+    queries = f"a causal prompt of {problem.query_tokens:,} tokens" if problem.causal else "one token per sequence"
+    output.data(
+        f"\nAttention of {problem.query_heads} query heads of {problem.head_dim}, batch {problem.batch},"
+        f" {problem.dtype}: {queries}, {problem.context_tokens:,} keys (measured)"
+    )
+    output.table(_attention_rows(rows))
+    for row in rows:
+        if row["status"] in ("wrong", "failed") or (row["contender"] == OURS and row["status"] == "unserved"):
+            output.data(f"{row['contender']} at {row['kv_heads']} KV heads is {row['status']}: {row['reason']}")
+    if record.results["generation"]:
+        first = record.results["generation"][0]
+        weights = " with random weights" if record.inputs["layers"] else ""
+        output.data(f"\nA model of {first['layers']} layers{weights}, {first['dtype']}, batch 1 (measured)")
+        output.table([_generation_row(row) for row in record.results["generation"]])
+    output.data("")
+    for sentence in record.assumptions:
+        output.data(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))
+
+
+def _attention_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line per number of KV heads: ours in full, the others as a multiple of our time."""
+    lines: dict[int, dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault(
+            row["kv_heads"],
+            {
+                "KV heads": str(row["kv_heads"]),
+                "queries each": str(row["query_heads"] // row["kv_heads"]),
+                "KV read": format_bytes(row["kv_bytes"]),
+            },
+        )
+        timed = row["status"] == "timed"
+        if row["contender"] == OURS:
+            line["by"] = row.get("note") or row["status"]
+            line["time"] = format_seconds(row["seconds_p50"]) if timed else "-"
+            line["limit"] = format_seconds(row["roofline_seconds"]) if timed else "-"
+            line["of the limit"] = f"{row['fraction_of_roofline']:.0%}" if timed else "-"
+        elif not timed:
+            line[row["contender"]] = row["status"]
+        elif row["times_of_gqa"] is None:
+            line[row["contender"]] = format_seconds(row["seconds_p50"])
+        else:
+            line[row["contender"]] = f"{row['times_of_gqa']:.2f}x"
+    return list(lines.values())
+
+
+def _generation_row(row: Mapping[str, Any]) -> dict[str, str]:
+    timed = row["status"] == "timed"
+    ratio = row.get("times_of_gqa")
+    return {
+        "way": row["contender"],
+        "context": f"{row['context_tokens']:,}",
+        "cache": format_bytes(row["cache_bytes_measured"]),
+        "time per token": format_seconds(row["seconds_per_token_p50"]) if timed else row["status"],
+        "tokens per second": f"{row['tokens_per_second']:.3g}" if timed else "-",
+        "of our time": "-" if ratio is None else f"{ratio:.2f}x",
+    }
