@@ -99,7 +99,7 @@ def test_no_tensor_of_repeated_keys_or_values_exists(impl, T, options, backward)
     ],
 )
 def test_refuses_what_it_cannot_do_and_auto_goes_elsewhere(options, named):
-    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    q, k, v = (torch.randn(2, h, t, 8, dtype=torch.float64) for h, t in ((6, 3), (2, 5), (2, 5)))
     with pytest.raises(GqaError, match=named):
         gqa.attention(q, k, v, impl="sdpa", **options)
     assert gqa.attention_impl(q, k, v, **options) == "reference"

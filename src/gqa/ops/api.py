@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from gqa.errors import GqaError
-from gqa.ops import check, registry, sdpa
+from gqa.ops import check, cpu, registry, sdpa
 
-IMPLEMENTATIONS = ("reference", "sdpa")
-_LATER = ("cpu", "triton")
+IMPLEMENTATIONS = ("reference", "cpu", "sdpa")
+_LATER = ("triton",)
 
 
 def attention(
@@ -71,7 +71,7 @@ def attention(
     k_scale, v_scale  (B, H, S), or (num_blocks, H, block) with block_table: int8 numbers times the scale of their
                  token and head are the keys and values
     return_lse   also return the natural log of the softmax's denominator, (B, H*G, T), float32 (float64 for fp64)
-    impl         "auto", "reference" or "sdpa"; an explicit one that cannot serve the call is refused, never replaced
+    impl         "auto", "reference", "cpu" or "sdpa"; an explicit one that cannot serve is refused, never replaced
 
     Visibility is the conjunction of causal, window, mask, kv_lengths and kv_starts. A row that sees no key gives
     zeros; its lse is -inf, or the sink's logit. Scores accumulate in float32, float64 for fp64 inputs (by torch's
@@ -201,26 +201,32 @@ def _resolve(
     if scaled:
         check.check_scales(k_scale, v_scale, q, k)
 
-    refusal = sdpa.unserved(
-        q, k, v, softcap=softcap, mask=mask, sinks=sinks, block_table=block_table, k_scale=k_scale,
-        return_lse=return_lse,
-    )  # fmt: skip
-    chosen = _choose(impl, refusal)
+    refusals = {
+        "reference": None,
+        "cpu": cpu.unserved(q, k, v, mask=mask, sinks=sinks, k_scale=k_scale, v_scale=v_scale),
+        "sdpa": sdpa.unserved(
+            q, k, v, softcap=softcap, mask=mask, sinks=sinks, block_table=block_table, k_scale=k_scale,
+            return_lse=return_lse,
+        ),
+    }  # fmt: skip
+    chosen = _choose(impl, refusals)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if isinstance(q_start, torch.Tensor):
         return chosen, 0, q_start, factor
     return chosen, key_tokens - q.shape[2] if q_start is None else q_start, None, factor
 
 
-def _choose(impl: str, sdpa_refusal: str | None) -> str:
+def _choose(impl: str, refusals: dict[str, str | None]) -> str:
+    """The implementation that runs. On CPUs ours was faster than torch's wherever we measured (benchmarks/cpu.py)."""
     if impl == "auto":
-        return "sdpa" if sdpa_refusal is None else "reference"
+        return next(name for name in ("cpu", "sdpa", "reference") if refusals[name] is None)
     if impl in _LATER:
         raise GqaError(f"impl={impl!r} is not in this release yet", allowed=", ".join(("auto", *IMPLEMENTATIONS)))
     if impl not in IMPLEMENTATIONS:
         raise GqaError("an unknown implementation", got=f"impl={impl!r}", allowed=", ".join(("auto", *IMPLEMENTATIONS)))
-    if impl == "sdpa" and sdpa_refusal is not None:
-        raise GqaError(f'impl="sdpa" does not serve {sdpa_refusal}', allowed="reference", hint='impl="auto" chooses')
+    if refusals[impl] is not None:
+        serving = ", ".join(name for name, refusal in refusals.items() if refusal is None)
+        raise GqaError(f'impl="{impl}" does not serve {refusals[impl]}', allowed=serving, hint='impl="auto" chooses')
     return impl
 
 

@@ -21,17 +21,21 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import numpy as np
+
 from gqa.ops.job import viewer
 from gqa.ops.simd import (
     FP32,
     VECTOR_BYTES,
     WIDTH,
+    Kind,
     exp2,
     fetch_add,
     fma,
     inline,
+    jit,
     load,
     load_int,
     load_scalar,
@@ -46,7 +50,7 @@ from gqa.ops.simd import (
     swap,
     where_less,
 )
-from gqa.ops.tiles import GROUP, STAGE, STAGE_BYTES, jit, product_columns, product_rows, product_rows_shared, stage_row
+from gqa.ops.tiles import GROUP, STAGE, STAGE_BYTES, product_columns, product_rows, product_rows_shared, stage_row
 
 BLOCK = 64  # keys of one step of the online softmax
 MAX_ROWS = 128  # query rows of a tile
@@ -54,31 +58,30 @@ MAX_ROWS = 128  # query rows of a tile
 LOG2_E = np.float32(math.log2(math.e))
 LN_2 = np.float32(math.log(2.0))
 NEGATIVE = np.float32(-math.inf)
-LOWEST = np.float32(-3e38)
+LOWEST = np.float32(-np.finfo(np.float32).max)
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
+_INTEGERS = """
+    next_worker next_task counters tasks scratch
+    kv_heads group tokens keys head_dim v_head_dim rows tiles splits split_keys partials partial_bytes arrivals
+    q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token
+    out out_batch out_head out_token lse
+    causal q_start q_starts window lengths starts table table_batch page_tokens ahead capped sinks
+    mask mask_kind mask_batch mask_head mask_token mask_key
+    k_scale k_scale_batch k_scale_head k_scale_token v_scale v_scale_batch v_scale_head v_scale_token
+"""
+
+
 class Job(ctypes.Structure):
-    """One call: addresses, strides (bytes) and options. Absent tensors are 0."""
+    """One call: addresses, strides (bytes) and options. Absent tensors are 0. The first two fields are counters."""
 
     _fields_ = (
-        [
-            (name, ctypes.c_int64)
-            for name in (
-                "next_worker next_task counters tasks scratch "
-                "q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token "
-                "out out_batch out_head out_token lse "
-                "kv_heads group tokens keys head_dim v_head_dim "
-                "rows tiles splits split_keys partials partial_bytes arrivals "
-                "causal q_start q_starts window lengths starts table table_batch table_blocks page_tokens "
-                "mask mask_kind mask_batch mask_head mask_token mask_key sinks "
-                "k_scale k_scale_batch k_scale_head k_scale_token v_scale v_scale_batch v_scale_head v_scale_token "
-                "capped ahead"
-            ).split()
-        ]
-        + [("scale", ctypes.c_double), ("softcap", ctypes.c_double)]
+        *((name, ctypes.c_int64) for name in _INTEGERS.split()),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -92,7 +95,7 @@ def _layout() -> dict[str, int]:
         "SCORES": 4 * BLOCK * MAX_ROWS,
         "BIAS": 4 * BLOCK * MAX_ROWS,
         "K_STAGE": GROUP * STAGE_BYTES,
-        "V_STAGE": BLOCK * STAGE_BYTES,
+        "V_STAGE": GROUP * STAGE_BYTES,
         "SUMS": MAX_ROWS * STAGE_BYTES,
         "HIGHEST": 4 * MAX_ROWS,
         "TOTAL": 4 * MAX_ROWS,
@@ -181,17 +184,11 @@ def load_queries(kind, job, sequence, head, first, rows, padded, terms, here):
         token = (first + row) // job.group
         query = first + row - token * job.group
         source = job.q + sequence * job.q_batch + (head * job.group + query) * job.q_head + token * job.q_token
-        if terms == 1:
-            target = queries + 4 * row
-            for d in range(columns):
-                store_scalar(FP32, target, load_scalar(kind, source) * factor)
-                target += 4 * padded
-                source += size
-        else:
-            for d in range(columns):
-                target = queries + 4 * ((d // terms) * WIDTH + row * terms + d % terms)
-                store_scalar(FP32, target, load_scalar(kind, source) * factor)
-                source += size
+        target = queries + 4 * row * terms
+        for d in range(0, columns, terms):
+            for term in range(min(terms, columns - d)):
+                store_scalar(FP32, target + 4 * term, load_scalar(kind, source + (d + term) * size) * factor)
+            target += 4 * padded * terms
 
 
 @jit
@@ -223,7 +220,7 @@ def visible_range(job, sequence, first, rows, here):
 def row_address(base, batch_stride, head_stride, token_stride, job, sequence, head, key):
     """Where one token's K, V or scale lies: in a tensor of its own sequence, or in the page that the table names."""
     if job.table:
-        page = load_int(job.table + sequence * job.table_batch + 8 * (key // job.page_tokens), 8)
+        page = max(0, load_int(job.table + sequence * job.table_batch + 8 * (key // job.page_tokens), 8))
         return base + page * batch_stride + head * head_stride + (key % job.page_tokens) * token_stride
     return base + sequence * batch_stride + head * head_stride + key * token_stride
 
@@ -280,7 +277,9 @@ def load_bias(job, key, count, rows, padded, here):
             if job.mask_kind == BOOL_MASK:
                 bias = ZERO if load_int(place, 1) else NEGATIVE
             else:
-                bias = load_scalar(FP32, place) * LOG2_E
+                bias = load_scalar(FP32, place)
+                if bias != NEGATIVE:
+                    bias = max(bias * LOG2_E, LOWEST)  # the lowest number stays one: a row of it sees every key alike
             seen = seen or bias != NEGATIVE
             store_scalar(FP32, target + 4 * row, bias)
     return seen
@@ -350,7 +349,7 @@ def finish_row(kind, job, sequence, head, row, sums, vectors, total, highest):
     if job.sinks:
         sink = load_scalar(FP32, job.sinks + 4 * query) * LOG2_E
         raised = max(highest, sink)
-        if raised > LOWEST:
+        if raised >= LOWEST:
             shrink = np.float32(math.exp2(highest - raised))
             total = total * shrink + np.float32(math.exp2(sink - raised))
             for place in range(0, vectors * VECTOR_BYTES, VECTOR_BYTES):
@@ -380,7 +379,7 @@ def merge(kind, job, unit, sequence, head, first, rows, vectors):
         highest = NEGATIVE
         for split in range(job.splits):
             highest = max(highest, load_scalar(FP32, place + split * job.partial_bytes))
-        if not highest > LOWEST:
+        if highest < LOWEST:
             highest = load_scalar(FP32, place)
             shift = ZERO
         else:
@@ -442,7 +441,9 @@ def run_task(q_kind, kv_kind, job, task, here):
             stage_keys(kv_kind, job, sequence, head, key + group, min(GROUP, count - group), here)
             scores = here + SCORES + 4 * group * padded
             if terms == 1:
-                product_rows(scores, 4 * padded, here + K_STAGE, here + QUERIES, 4 * padded, job.head_dim, vectors, False)
+                product_rows(
+                    scores, 4 * padded, here + K_STAGE, here + QUERIES, 4 * padded, job.head_dim, vectors, False
+                )
             else:
                 product_rows_shared(scores, here + K_STAGE, here + QUERIES, job.head_dim, terms)
         partial = key < inner_low or key + count > inner_high or count % terms != 0
@@ -451,10 +452,13 @@ def run_task(q_kind, kv_kind, job, task, here):
                 shrink = splat(load_scalar(FP32, here + SHRINK + 4 * row))
                 for place in range(row * STAGE_BYTES, row * STAGE_BYTES + columns * VECTOR_BYTES, VECTOR_BYTES):
                     store(here + SUMS + place, load(here + SUMS + place) * shrink)
-        stage_values(kv_kind, job, sequence, head, key, count, here)
-        product_columns(
-            here + SUMS, STAGE_BYTES, here + SCORES, 4 * padded, here + V_STAGE, STAGE_BYTES, count, rows, columns
-        )
+        for group in range(0, count, GROUP):
+            some = min(GROUP, count - group)
+            stage_values(kv_kind, job, sequence, head, key + group, some, here)
+            weights = here + SCORES + 4 * group * padded
+            product_columns(
+                here + SUMS, STAGE_BYTES, weights, 4 * padded, here + V_STAGE, STAGE_BYTES, some, rows, columns
+            )
 
     if terms > 1:
         store(here + TOTAL, across(load(here + TOTAL), padded, False))
@@ -478,10 +482,20 @@ def run_task(q_kind, kv_kind, job, task, here):
 
 @jit
 def work(q_kind, kv_kind, address):
-    """What every thread of a call runs: take tasks until there are none. The first fields of a Job are the counters."""
+    """What every thread of a call runs: take tasks until there are none."""
     job = view(address)
     here = job.scratch + fetch_add(job.counters, 1) * SCRATCH_BYTES
     task = fetch_add(job.counters + 8, 1)
     while task < job.tasks:
         run_task(q_kind, kv_kind, job, task, here)
         task = fetch_add(job.counters + 8, 1)
+
+
+def entry(build: str, q_kind: Kind, kv_kind: Kind) -> Any:
+    """For gqa.ops.compiled."""
+
+    def forward(job):
+        build  # noqa: B018
+        work(q_kind, kv_kind, job)
+
+    return forward

@@ -12,7 +12,9 @@ from llvmlite import ir
 from numba import types
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate
-from numba.extending import infer_getattr, intrinsic, models, register_model
+from numba.extending import infer_getattr, models, register_model
+
+from gqa.ops.simd import intrinsic
 
 _FIELDS = {ctypes.c_int64: (types.int64, ir.IntType(64)), ctypes.c_double: (types.float64, ir.DoubleType())}
 

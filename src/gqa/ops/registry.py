@@ -2,7 +2,8 @@
 
 They are composite: torch.compile, fake tensors, autograd and export look through them to the implementation that
 `impl` names. So no gradient is recomputed, and there is one formula to keep right. An implementation that torch
-cannot look into registers an op of its own, with its own fake kernel and backward, and is called from here.
+cannot look into is an op of its own, with its own fake kernel and backward, and is called from here:
+`torch.ops.gqa.cpu_forward`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from typing import Any
 
 import torch
 
-from gqa.ops import reference, sdpa
+from gqa.ops import cpu, reference, sdpa
 
-# What follows q, k and v, in order; `impl` comes last and is never "auto".
-_SCHEMA = (
+# All ops take these, in this order; `impl` is never "auto".
+_OPTIONS = (
     "Tensor q, Tensor k, Tensor v, bool causal, SymInt q_start, Tensor? q_starts, int? window, float scale, "
     "float? softcap, Tensor? mask, Tensor? sinks, Tensor? kv_lengths, Tensor? kv_starts, Tensor? block_table, "
-    "Tensor? k_scale, Tensor? v_scale, str impl"
+    "Tensor? k_scale, Tensor? v_scale"
 )
-_NAMES = tuple(argument.split()[-1] for argument in _SCHEMA.split(", "))[3:]
+_NAMES = tuple(argument.split()[-1] for argument in _OPTIONS.split(", "))[3:]
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> torch.Tensor:
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *options, impl = arguments
+    if impl == "cpu":
+        # The backward needs lse, and only autograd knows whether there will be one.
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return cpu_forward(q, k, v, *options, differentiable)[0]
     named = dict(zip(_NAMES, options, strict=True))
-    if named.pop("impl") == "sdpa":
+    if impl == "sdpa":
         for absent in ("softcap", "sinks", "block_table", "k_scale", "v_scale"):
             assert named.pop(absent) is None, absent
         return sdpa.attention(q, k, v, **named)
@@ -32,19 +38,31 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any)
 
 
 def _attention_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    named = dict(zip(_NAMES, options, strict=True))
-    assert named.pop("impl") == "reference"
-    return reference.attention(q, k, v, **named)
+    *options, impl = arguments
+    if impl == "cpu":
+        return cpu_forward(q, k, v, *options, True)
+    assert impl == "reference"
+    return reference.attention(q, k, v, **dict(zip(_NAMES, options, strict=True)))
+
+
+def _cpu_forward_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cpu.outputs(q, v, arguments[-1])
 
 
 # The library lives as long as this module: torch forgets the ops when it is collected.
 _LIBRARY = torch.library.Library("gqa", "DEF")
-_LIBRARY.define(f"attention({_SCHEMA}) -> Tensor")
-_LIBRARY.define(f"attention_with_lse({_SCHEMA}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"attention({_OPTIONS}, str impl) -> Tensor")
+_LIBRARY.define(f"attention_with_lse({_OPTIONS}, str impl) -> (Tensor, Tensor)")
+_LIBRARY.define(f"cpu_forward({_OPTIONS}, bool want_lse) -> (Tensor, Tensor)")
 _LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.impl("attention_with_lse", _attention_with_lse, "CompositeImplicitAutograd")
+_LIBRARY.impl("cpu_forward", cpu.forward, "CPU")
+torch.library.register_fake("gqa::cpu_forward", _cpu_forward_fake, lib=_LIBRARY)
 
 attention = torch.ops.gqa.attention.default
 attention_with_lse = torch.ops.gqa.attention_with_lse.default
+cpu_forward = torch.ops.gqa.cpu_forward.default

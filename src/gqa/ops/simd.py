@@ -18,10 +18,10 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model, typeof_impl
 from numba.core.imputils import lower_constant
+from numba.extending import models, overload, register_model, typeof_impl
 
 from gqa.errors import GqaError
 
@@ -47,11 +47,11 @@ _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 
 
-def _inline(function: Any) -> Any:
-    return njit(function, forceinline=True, error_model="numpy", no_cpython_wrapper=True)
-
-
-inline = _inline  # what a kernel is made of: compiled into its caller
+# Decorated functions are Numba's; a type checker shall not hold them to the signature written.
+intrinsic: Any = extending.intrinsic
+_njit: Any = njit
+jit = _njit(error_model="numpy", no_cpython_wrapper=True)  # a function of its own inside a kernel
+inline = _njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)  # compiled into its caller
 
 
 class VectorType(types.Type):
@@ -411,7 +411,7 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(c) for c in _exp2_coefficients()
 @inline
 def exp2(x):
     """2**x for x <= 127; 0 below -126 and for -inf; NaN stays. Relative error below 2e-7."""
-    n = nearest(maximum(x, splat(np.float32(-127.0))))
+    n = nearest(maximum(splat(np.float32(-127.0)), x))
     f = x - n
     p = fma(splat(_C6), f, splat(_C5))
     p = fma(p, f, splat(_C4))
@@ -535,7 +535,9 @@ def rank_one(typing: Any, tile: Any, a: Any, step: Any, b: Any) -> Any:
             scalar = builder.load(_pointer(builder, builder.add(a, ir.IntType(64)(i * apart)), _F32))
             factor = _splat(builder, scalar)
             for j in range(columns):
-                tile = builder.insert_value(tile, _call(builder, "fma", factor, row[j], _read(builder, tile, i, j)), [i, j])
+                tile = builder.insert_value(
+                    tile, _call(builder, "fma", factor, row[j], _read(builder, tile, i, j)), [i, j]
+                )
         return tile
 
     return tile(tile, types.int64, step, types.int64), code

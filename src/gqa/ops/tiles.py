@@ -11,9 +11,7 @@ strides or pages were; all products run on those. STAGE is odd in cache lines, s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from gqa.ops import simd
 from gqa.ops.simd import (
     FP32,
     REGISTERS,
@@ -21,6 +19,7 @@ from gqa.ops.simd import (
     WIDTH,
     fold,
     inline,
+    jit,
     load_as,
     load_scalar,
     load_tile,
@@ -38,8 +37,6 @@ STAGE = 272  # floats from row to row: a head dim of at most 256, and one cache 
 STAGE_BYTES = 4 * STAGE
 GROUP = 16  # keys multiplied at a time
 WIDE = REGISTERS == 32  # 16 sums in registers at once; else 8
-
-jit = njit(error_model="numpy", no_cpython_wrapper=True)
 
 
 @inline
@@ -84,7 +81,7 @@ def _columns(tile, c, c_stride, a, a_stride, b, b_stride, n):
 
 @jit
 def product_rows(c, c_stride, a, b, b_stride, n, vectors, add):
-    """GROUP staged rows of A times B: C (GROUP, vectors * WIDTH), overwritten, or added to with `add`. Strides: bytes."""
+    """C (GROUP, vectors * WIDTH) = A B for GROUP staged rows of A, or C += A B with `add`. Strides in bytes."""
     j = 0
     if WIDE:
         while vectors - j >= 4:
@@ -113,7 +110,7 @@ def product_rows(c, c_stride, a, b, b_stride, n, vectors, add):
 
 @jit
 def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors):
-    """C (rows, vectors * WIDTH) += A^T B, A (n, rows) with rows next to each other. Strides: bytes."""
+    """C (rows, vectors * WIDTH) += A^T B for A (n, rows). Strides in bytes."""
     j = 0
     if WIDE:
         while vectors - j >= 4:
@@ -174,7 +171,9 @@ def _shared(terms):
     return product
 
 
-_product_2, _product_4, _product_8, _product_16 = (_shared(terms if terms <= WIDTH else WIDTH) for terms in (2, 4, 8, 16))
+_product_2, _product_4, _product_8, _product_16 = (
+    _shared(terms if terms <= WIDTH else WIDTH) for terms in (2, 4, 8, 16)
+)
 
 
 @jit
@@ -188,6 +187,3 @@ def product_rows_shared(c, a, b, n, terms):
         _product_8(c, a, b, n)
     else:
         _product_16(c, a, b, n)
-
-
-BUILD = (simd.WIDTH, simd.REGISTERS)
