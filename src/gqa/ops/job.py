@@ -23,7 +23,7 @@ class JobType(types.Type):
     """The type of structures of int64 and float64 fields; `view` makes one of an address."""
 
     def __init__(self, structure: type[ctypes.Structure]) -> None:
-        super().__init__(name=f"Job({structure.__qualname__})")
+        super().__init__(name=f"Job({structure.__module__}.{structure.__qualname__})")
         self.fields = {
             name: (getattr(structure, name).offset, *_FIELDS[kind])
             for name, kind in structure._fields_  # type: ignore[misc]
