@@ -39,17 +39,19 @@ from gqa.ops.simd import (
     Kind,
     exp2,
     fetch_add,
+    fma,
     load,
+    load_as,
     load_scalar,
     size_of,
     splat,
     store,
     store_as,
     store_scalar,
+    tanh,
     where_less,
 )
 from gqa.ops.tiles import GROUP, STAGE_BYTES, WIDE, jit, product_columns, product_rows, stage_row
-from gqa.ops.cpu_forward import tanh
 
 BLOCK = 64  # keys of one step
 MAX_ROWS = 128  # query rows of a tile
@@ -132,13 +134,19 @@ def transpose(source, columns, padded, target, factor):
 
 
 @jit
-def dot(kind, staged, other, columns):
-    """A staged row times a row in memory."""
-    size = size_of(kind)
-    total = ZERO
-    for column in range(columns):
-        total += load_scalar(FP32, staged + 4 * column) * load_scalar(kind, other + column * size)
-    return total
+def dot(kind, staged, other, columns, sums):
+    """A staged row times a row in memory; `sums`: room for a vector."""
+    size, whole = size_of(kind), columns - columns % WIDTH
+    total = splat(ZERO)
+    for column in range(0, whole, WIDTH):
+        total = fma(load(staged + 4 * column), load_as(kind, other + column * size), total)
+    store(sums, total)
+    result = ZERO
+    for lane in range(WIDTH):
+        result += load_scalar(FP32, sums + 4 * lane)
+    for column in range(whole, columns):
+        result += load_scalar(FP32, staged + 4 * column) * load_scalar(kind, other + column * size)
+    return result
 
 
 @jit
@@ -146,12 +154,10 @@ def load_rows(kind, job, sequence, head, first, rows, padded, here):
     """A tile's rows of q and d_out, as rows and as panels; their lse, in log 2, and delta; zeros for dQ."""
     columns, v_columns = job.head_dim, job.v_head_dim
     for row in range(padded):
-        q_row, do_row, dq_row = (here + part + row * STAGE_BYTES for part in (Q_ROWS, DO_ROWS, DQ_ROWS))
+        at = here + row * STAGE_BYTES
+        q_row, do_row, dq_row = at + Q_ROWS, at + DO_ROWS, at + DQ_ROWS
         for place in range(0, 4 * columns, VECTOR_BYTES):
-            store(q_row + place, splat(ZERO))
             store(dq_row + place, splat(ZERO))
-        for place in range(0, 4 * v_columns, VECTOR_BYTES):
-            store(do_row + place, splat(ZERO))
         lse, delta = NEGATIVE, ZERO
         if row < rows:
             token = (first + row) // job.group
@@ -163,11 +169,16 @@ def load_rows(kind, job, sequence, head, first, rows, padded, here):
             stage_row(kind, q, columns, q_row, ONE)
             stage_row(kind, d_out, v_columns, do_row, ONE)
             lse = load_scalar(FP32, job.lse + number) * LOG2_E
-            delta = dot(kind, do_row, out, v_columns)
+            delta = dot(kind, do_row, out, v_columns, here + LOW)
             if job.d_lse:
                 delta -= load_scalar(FP32, job.d_lse + number)
             if job.delta:
                 store_scalar(FP32, job.delta + number, delta)
+        else:
+            for place in range(0, 4 * columns, VECTOR_BYTES):
+                store(q_row + place, splat(ZERO))
+            for place in range(0, 4 * v_columns, VECTOR_BYTES):
+                store(do_row + place, splat(ZERO))
         store_scalar(FP32, here + LSE + 4 * row, UNSEEN if lse == NEGATIVE else lse)
         store_scalar(FP32, here + DELTA + 4 * row, delta)
     factor = np.float32(job.scale / job.softcap) if job.capped else np.float32(job.scale) * LOG2_E
