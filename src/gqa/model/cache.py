@@ -32,6 +32,8 @@ class GqaCacheLayer(CacheLayerMixin):
         self.update(key_states[:, :, :0], value_states[:, :, :0])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if key_states.dtype != value_states.dtype:  # under autocast the rotary embedding leaves keys in float32
+            key_states = key_states.to(value_states.dtype)
         seen = self.block.append(key_states, value_states)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.refresh()
