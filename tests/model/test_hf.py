@@ -1,180 +1,74 @@
-"""transformers' models with attn_implementation="gqa": the same greedy tokens as their own eager attention."""
-
-import functools
-from typing import Any
+"""What stands between transformers' models and the op: the mask, and the keys and values of each cache."""
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    Gemma2Config,
-    GptOssConfig,
-    JambaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from helpers.served import WINDOW, greedy, prompts, served_model
+from transformers import JambaConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
 import gqa
+from gqa.cache.stored import Stored
 from gqa.errors import GqaError
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,  # tied ones repeat their input for ever at random weights
-}
-WINDOW = 7
-MODELS = {
-    "llama-mha": LlamaConfig(**{**SMALL, "num_key_value_heads": 6}),
-    "llama-gqa": LlamaConfig(**SMALL),
-    "llama-mqa": LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
-    "mistral-window": MistralConfig(**SMALL, sliding_window=WINDOW),
-    "qwen2-bias": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL),
-    "gemma2-softcap-window": Gemma2Config(**SMALL, sliding_window=WINDOW, attn_logit_softcapping=2.0),
-    "gpt-oss-sinks-window": GptOssConfig(
-        **SMALL,
-        sliding_window=WINDOW,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    ),
-}
+from gqa.model import hf
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def load(folder):
-    """load(name, implementation): a model read from disk, as a user would."""
-    gqa.hf.register()
-
-    @functools.cache
-    def read(name, implementation):
-        path = folder / name
-        if not path.exists():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(MODELS[name])
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(("bias", "sinks")):
-                    torch.nn.init.normal_(parameter, std=0.5)
-            model.save_pretrained(path)
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=implementation).eval()
-
-    return read
-
-
-def prompts(padded=True):
-    """Two prompts, the first left-padded by five tokens."""
-    ids = torch.randint(1, 97, (2, 11), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if padded:
-        ids[0, :5] = mask[0, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def greedy(model, inputs, **options):
-    return model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["even", "left-padded"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_same_greedy_tokens_with_every_cache(load, name, padded):
-    eager, ours = load(name, "eager"), load(name, "gqa")
-    inputs = prompts(padded)
-    want = greedy(eager, inputs)
-    assert len(set(want[:, 11:].flatten().tolist())) > 4  # a degenerate model would prove nothing
-    for options in (
-        {},
-        {"past_key_values": DynamicCache()},
-        {"past_key_values": DynamicCache(config=ours.config)},
-        {"cache_implementation": "static"},
-        {"past_key_values": gqa.hf.GqaCache()},
-        {"past_key_values": gqa.hf.GqaCache(capacity=64, config=ours.config)},
-        {"use_cache": False},
-    ):
-        assert torch.equal(greedy(ours, inputs, **options), want), options
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_same_logits_and_gradients(load, name):
-    inputs = prompts()
-    seen = inputs["attention_mask"].bool()
-    results = []
-    for implementation in ("eager", "gqa"):
-        model = load(name, implementation)
-        logits = model(**inputs, use_cache=False).logits
-        model.zero_grad()
-        logits[seen].square().mean().backward()
-        gradient = model.model.layers[0].self_attn.k_proj.weight.grad
-        results.append((logits[seen].detach(), gradient))
-    (want, want_gradient), (got, got_gradient) = results
-    torch.testing.assert_close(got, want, rtol=0, atol=float(want.abs().max()) * 1e-5)
-    torch.testing.assert_close(got_gradient, want_gradient, rtol=0, atol=float(want_gradient.abs().max()) * 1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt-oss-sinks-window"])
-def test_a_prompt_fed_in_chunks(load, name):
-    """Chunks after the first see the cache and one another: causal from a later position."""
-    inputs = prompts()
-    want = greedy(load(name, "eager"), inputs)
-    model = load(name, "gqa")
-    for cache in ({}, *({"past_key_values": gqa.hf.GqaCache(config=config)} for config in (None, model.config))):
-        assert torch.equal(greedy(model, inputs, prefill_chunk_size=4, **cache), want)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
-def test_packed_position_ids_keep_sequences_apart(load, name):
-    ids = prompts(padded=False)["input_ids"][:1]
-    positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
-    with torch.no_grad():
-        model = load(name, "gqa")
-        packed = model(ids, position_ids=positions, use_cache=False).logits
-        apart = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :4], ids[:, 4:])], dim=1)
-    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt-oss-sinks-window"])
-def test_beam_search(load, name):
-    inputs = prompts()
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    want = greedy(load(name, "eager"), inputs, **options)
-    model = load(name, "gqa")
-    for cache in ({}, *({"past_key_values": gqa.hf.GqaCache(config=config)} for config in (None, model.config))):
-        assert torch.equal(greedy(model, inputs, **options, **cache), want)
-
-
-def test_a_conversation_goes_on_with_the_same_cache(load):
-    model = load("llama-gqa", "gqa")
-    ids = prompts(padded=False)["input_ids"]
-    cache = gqa.hf.GqaCache()
-    first = greedy(model, {"input_ids": ids}, past_key_values=cache)
-    held = cache.get_seq_length()
-    assert held == first.shape[1] - 1
-    longer = torch.cat([first, ids], dim=1)
-    assert torch.equal(
-        greedy(model, {"input_ids": longer}, past_key_values=cache), greedy(model, {"input_ids": longer})
+def mask_of(*, tokens, keys, seen, **options):
+    """The mask for queries that follow on `seen` tokens, of which the last `keys - tokens` are kept."""
+    return hf.attention_mask(
+        batch_size=2, q_length=tokens, kv_length=keys, q_offset=seen, kv_offset=seen + tokens - keys, **options
     )
 
 
-def test_the_cache_weighs_what_arithmetic_says(load):
-    model, cache = load("llama-gqa", "gqa"), gqa.hf.GqaCache(capacity=16)
+def test_a_single_query_that_sees_every_key_needs_no_mask():
+    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+    assert mask_of(tokens=1, keys=20, seen=19) is None
+    assert mask_of(tokens=1, keys=WINDOW, seen=19, **window) is None
+    hidden = mask_of(tokens=1, keys=WINDOW + 1, seen=19, **window)
+    assert hidden is not None
+    assert hidden.shape == (2, 1, 1, WINDOW + 1)
+    assert hidden[1, 0, 0].tolist() == [False] + [True] * WINDOW
+
+
+def test_masks_that_hide_a_key_stay():
+    padding = torch.ones(2, 20, dtype=torch.bool)
+    assert mask_of(tokens=1, keys=20, seen=19, attention_mask=padding) is None
+    padding[1, :3] = False
+    masked = mask_of(tokens=1, keys=20, seen=19, attention_mask=padding)
+    assert masked is not None
+    assert torch.equal(masked[:, 0, 0], padding)
+    chunk = {"mask_function": chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64)), "local_size": 8}
+    chunked = mask_of(tokens=1, keys=8, seen=19, **chunk)  # position 19 is the fourth of its chunk
+    assert chunked is not None
+    assert chunked[0, 0, 0].tolist() == [False] * 4 + [True] * 4
+
+
+def test_a_caller_that_wants_a_mask_gets_one():
+    mask = mask_of(tokens=1, keys=20, seen=19, allow_is_causal_skip=False)
+    assert mask is not None
+    assert bool(mask.all())
+
+
+def test_paged_keys_are_read_in_place_behind_a_mask():
+    """The pool has room behind the last key, and a mask that ends with it is widened by False."""
+    torch.manual_seed(0)
+    query, pool = torch.randn(2, 4, 1, 8), torch.full((8, 2, 4, 8), torch.nan)
+    table = torch.tensor([[5, 2, 7], [0, 3, -1]])
+    lengths = torch.tensor([7, 6])
+    keys = torch.randn(2, 2, 7, 8)
+    for b in range(2):
+        for s in range(int(lengths[b])):
+            pool[table[b, s // 4], :, s % 4] = keys[b, :, s]
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[0, ..., :2] = mask[1, ..., 6:] = False
+    stored = Stored(pool, block_table=table, lengths=lengths)
+    got, _ = hf.attention_forward(torch.nn.Module(), query, stored, stored, mask)
+    want = gqa.attention(query, keys, keys, mask=mask, impl="reference").transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cache_weighs_what_arithmetic_says():
+    model, cache = served_model("llama-gqa", "gqa"), gqa.hf.GqaCache(capacity=16)
     with torch.no_grad():
         model(**prompts(), past_key_values=cache)
     token = 2 * 2 * (12 + 12) * 4  # layers, KV heads, D + Dv, bytes
@@ -199,8 +93,8 @@ def test_the_cache_weighs_what_arithmetic_says(load):
     assert cache.get_seq_length() == 0
 
 
-def test_sliding_layers_weigh_no_more_than_their_window(load):
-    model = load("gpt-oss-sinks-window", "gqa")  # of its two layers the first slides
+def test_sliding_layers_weigh_no_more_than_their_window():
+    model = served_model("gpt-oss-sinks-window", "gqa")  # of its two layers the first slides
     cache = gqa.hf.GqaCache(config=model.config)
     assert cache.is_sliding == [True, False]
     greedy(model, prompts(), past_key_values=cache)
@@ -214,10 +108,13 @@ def test_refuses_models_with_other_layers():
         gqa.hf.GqaCache(config=JambaConfig(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1))
 
 
-def test_low_precision_under_autocast(load):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = load("llama-gqa", "gqa")(**prompts(), use_cache=False).logits
-        want = load("llama-gqa", "eager")(**prompts(), use_cache=False).logits
+@pytest.mark.parametrize("cache", [None, "contiguous", "paged", "int8"])
+def test_low_precision_under_autocast(cache):
+    model, eager = served_model("llama-gqa", "gqa"), served_model("llama-gqa", "eager")
+    options = {"past_key_values": gqa.hf.GqaCache(kind=cache)} if cache else {"use_cache": False}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**prompts(), **options).logits
+        want = eager(**prompts(), use_cache=False).logits
     seen = prompts()["attention_mask"].bool()
     assert (logits - want)[seen].abs().max() < 0.05 * want.abs().max()
 
@@ -229,11 +126,13 @@ def test_nothing_of_transformers_own_changes():
     assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
 
 
-def test_refuses_what_the_op_has_not(load):
+def test_refuses_what_the_op_has_not():
     module, x = torch.nn.Module(), torch.randn(1, 2, 3, 8)
     with pytest.raises(GqaError, match="dropout"):
         gqa.hf.attention_forward(module, x, x, x, None, dropout=0.1)
     with pytest.raises(GqaError, match="position_bias"):
         gqa.hf.attention_forward(module, x, x, x, None, position_bias=x)
+    with pytest.raises(GqaError, match="cache"):
+        gqa.hf.attention_forward(module, x, x, x, None, cache=object())
     with pytest.raises(GqaError, match="differentiated"):
-        load("llama-gqa", "gqa")(**prompts(), past_key_values=gqa.hf.GqaCache())
+        served_model("llama-gqa", "gqa")(**prompts(), past_key_values=gqa.hf.GqaCache())
