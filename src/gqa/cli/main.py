@@ -19,6 +19,8 @@ COMMANDS = {
     "convert": "turn a multi-head checkpoint into a grouped-query one",
     "uptrain": "win back the quality with a little training",
     "eval": "measure what a conversion cost in quality",
+    "generate": "text from a model, and how fast it came",
+    "bench": "how fast attention and a model are here, and what the limit is",
     "report": "make the report page from a study's record",
     "env": "what a bug report needs",
 }

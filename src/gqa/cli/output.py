@@ -37,6 +37,11 @@ def data(text: str) -> None:
     click.echo(text)
 
 
+def piece(text: str) -> None:
+    """Print a part of a result on stdout, as it is and at once."""
+    click.echo(text, nl=False)
+
+
 def note(text: str) -> None:
     """Print a hint or a state on stderr."""
     click.echo(text, err=True)
