@@ -20,8 +20,8 @@ class RoundedCache(DynamicCache):
     """transformers' own cache, whose keys and values have gone through int8 and back."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        rounded = [q * scale[..., None] for q, scale in (quantise(key_states), quantise(value_states))]
-        return super().update(*rounded, layer_idx, *args, **kwargs)
+        k, v = (q * scale[..., None] for q, scale in (quantise(key_states), quantise(value_states)))
+        return super().update(k, v, layer_idx, *args, **kwargs)
 
 
 def forward(model, ids, cache):
@@ -173,6 +173,6 @@ def test_refusals():
     with pytest.raises(GqaError, match="change together"):
         cache.layers[0].reset()
     with pytest.raises(GqaError, match="change together"):
-        cache.layers[0].reorder_cache(torch.tensor([0]))
+        cache.layers[0].reorder_cache(torch.tensor([0]))  # type: ignore[arg-type]
     with pytest.raises(GqaError, match="stays on its device"):
         cache.layers[0].offload()

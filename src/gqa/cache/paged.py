@@ -33,7 +33,10 @@ class PagedLayer:
 
     def stored(self) -> tuple[Stored, Stored]:
         """The keys and values held, as attention reads them."""
-        return self.cache.pool.stored(self.index, self.cache.sequences)
+        step = self.cache.last_step
+        if step is None:
+            return self.cache.pool.stored(self.index, self.cache.sequences)
+        return self.cache.pool.read(self.index, step)
 
     def span(self, tokens: int) -> tuple[int, int]:
         """How many keys there are after so many tokens more, and the position of the first of them.
@@ -59,7 +62,7 @@ class PagedCache:
         self.pool = BlockPool(0, grows=True) if pool is None else pool
         self.sequences: list[int] = []
         self.layers: list[PagedLayer] = []
-        self._step: Step | None = None
+        self.last_step: Step | None = None  # until something else changes the sequences
         self._length = 0  # of the sequences in the pool; the layers still to be written in this step are behind
 
     def layer(self, index: int) -> PagedLayer:
@@ -107,17 +110,17 @@ class PagedCache:
         if batch != len(self.sequences):
             raise GqaError("another number of sequences than the cache holds", got=batch, allowed=len(self.sequences))
         if length == self._length:
-            self._step = self.pool.reserve(self.sequences, tokens)
+            self.last_step = self.pool.reserve(self.sequences, tokens)
             self._length += tokens
-        elif self._step is None or length + tokens != self._length:
+        elif self.last_step is None or length + tokens != self._length:
             raise GqaError(
                 "the layers of a paged cache go forward together",
                 got=f"{tokens} tokens behind {length}",
                 allowed=f"{self._length - length}, as in the layer before",
                 hint="crop the cache to what all layers hold when a forward was cut short",
             )
-        assert self._step is not None
-        return self._step
+        assert self.last_step is not None
+        return self.last_step
 
     def fork(self) -> PagedCache:
         """Another cache that begins with these tokens and shares their blocks: no copy is made."""
@@ -148,9 +151,9 @@ class PagedCache:
         for sequence in self.sequences:
             self.pool.release(sequence)
         self.sequences = chosen
-        self._step = None
+        self.last_step = None
 
     def _settle(self, length: int) -> None:
-        self._step, self._length = None, length
+        self.last_step, self._length = None, length
         for layer in self.layers:
             layer.length = length

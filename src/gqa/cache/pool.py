@@ -171,7 +171,7 @@ class BlockPool:
         where = step.blocks.to(k.device), step.offsets.to(k.device)
         for pool, new in zip(self._layers[layer], (k, v), strict=True):
             pool.transpose(1, 2).index_put_(where, new.transpose(1, 2))
-        return self._as_read(layer, step.table, step.lengths)
+        return self.read(layer, step)
 
     def append(self, sequences: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         """Add T tokens to each of B sequences: per layer k (B, H, T, D) and v (B, H, T, Dv), all layers at once.
@@ -195,6 +195,10 @@ class BlockPool:
         """Keys and values of these sequences in one layer, as attention reads them."""
         table, lengths = self._table([self._held(sequence) for sequence in sequences])
         return self._as_read(layer, torch.from_numpy(table), torch.from_numpy(lengths))
+
+    def read(self, layer: int, step: Step) -> tuple[Stored, Stored]:
+        """The same for the sequences of a step, while none of them has changed since."""
+        return self._as_read(layer, step.table, step.lengths)
 
     def enlarge(self, num_blocks: int) -> None:
         """Have at least so many blocks; what is held moves to larger tensors."""
