@@ -46,14 +46,9 @@ def test_compiles_into_one_graph(options, backend):
     def attend(q, k, v):
         return gqa.attention(q * 2, k, v, return_lse=True, impl="cpu", **OPTIONS[options])
 
-    leaves = qkv(requires_grad=backend == "aot_eager")
-    want = attend(*leaves)
-    got = torch.compile(attend, fullgraph=True, backend=backend)(*leaves)
-    for a, b in zip(got, want, strict=True):
+    got = torch.compile(attend, fullgraph=True, backend=backend)(*qkv())
+    for a, b in zip(got, attend(*qkv()), strict=True):
         torch.testing.assert_close(a, b)
-    if backend == "aot_eager":
-        for a, b in zip(*(torch.autograd.grad(pair[0].sum(), leaves) for pair in (got, want)), strict=True):
-            torch.testing.assert_close(a, b)
 
 
 def test_a_cache_that_grows_needs_no_graph_per_token():
