@@ -78,7 +78,7 @@ def attention(
     own kernels with impl="sdpa").
 
     Returns out (B, H*G, T, Dv) in q's dtype, or (out, lse). Raises GqaError on shapes, dtypes, devices, values and
-    implementations that do not fit. Differentiable in q, k, v, and, by the reference, in mask, sinks and scales.
+    implementations that do not fit. Differentiable in q, k, v, by "cpu" also in sinks, by the reference in all.
 
     Source: Ainslie et al. 2023, arXiv 2305.13245.
     """
@@ -203,7 +203,7 @@ def _resolve(
 
     refusals = {
         "reference": None,
-        "cpu": cpu.unserved(q, k, v, mask=mask, sinks=sinks, k_scale=k_scale, v_scale=v_scale),
+        "cpu": cpu.unserved(q, k, v, mask=mask, k_scale=k_scale, v_scale=v_scale),
         "sdpa": sdpa.unserved(
             q, k, v, softcap=softcap, mask=mask, sinks=sinks, block_table=block_table, k_scale=k_scale,
             return_lse=return_lse,

@@ -62,21 +62,25 @@ UNSEEN = np.float32(3e38)  # for an lse of -inf: all probabilities become 0
 ONE = np.float32(1.0)
 
 
-class Job(ctypes.Structure):
-    """One call: addresses, strides (bytes) and options. Absent tensors are 0."""
+_INTEGERS = """
+    next_worker next_task counters tasks scratch
+    units abreast kv_heads group tokens keys head_dim v_head_dim rows tiles blocks
+    q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token
+    out out_batch out_head out_token d_out d_out_batch d_out_head d_out_token lse d_lse
+    dq dq_batch dq_head dq_token dk dk_token dv dv_token delta turns
+    causal q_start q_starts window lengths starts capped
+    mask mask_kind mask_batch mask_head mask_token mask_key
+"""
 
-    _fields_ = [  # noqa: RUF012
-        (name, ctypes.c_int64)
-        for name in (
-            "next_worker next_task counters tasks scratch "
-            "q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token "
-            "out out_batch out_head out_token d_out d_out_batch d_out_head d_out_token lse d_lse delta "
-            "dq dk dk_token dv dv_token turns "
-            "units abreast kv_heads group tokens keys head_dim v_head_dim rows tiles blocks "
-            "causal q_start q_starts window lengths starts "
-            "mask mask_kind mask_batch mask_head mask_token mask_key capped"
-        ).split()
-    ] + [("scale", ctypes.c_double), ("softcap", ctypes.c_double)]
+
+class Job(ctypes.Structure):
+    """One call: addresses, strides (bytes) and options. Absent tensors are 0. The first two fields are counters."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INTEGERS.split()),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    )
 
 
 view = viewer(Job)
@@ -172,8 +176,7 @@ def load_rows(kind, job, sequence, head, first, rows, padded, here):
             delta = dot(kind, do_row, out, v_columns, here + LOW)
             if job.d_lse:
                 delta -= load_scalar(FP32, job.d_lse + number)
-            if job.delta:
-                store_scalar(FP32, job.delta + number, delta)
+            store_scalar(FP32, job.delta + number, delta)
         else:
             for place in range(0, 4 * columns, VECTOR_BYTES):
                 store(q_row + place, splat(ZERO))
@@ -260,9 +263,7 @@ def run_task(kind, job, task, here):
     vectors = (rows + WIDTH - 1) // WIDTH
     columns = (job.head_dim + WIDTH - 1) // WIDTH
 
-    lowest, highest, inner_low, inner_high = visible_range(
-        job, sequence, first, rows, here + FIRST_KEY, here + END_KEY
-    )
+    lowest, highest, inner_low, inner_high = visible_range(job, sequence, first, rows, here + FIRST_KEY, here + END_KEY)
     load_rows(kind, job, sequence, head, first, rows, vectors * WIDTH, here)
     if job.mask_kind:
         find_mask_rows(job, sequence, head, first, rows, here + MASK_ROWS)
@@ -312,8 +313,7 @@ def run_task(kind, job, task, here):
         token = (first + row) // job.group
         query = head * job.group + first + row - token * job.group
         source = here + DQ_ROWS + row * STAGE_BYTES
-        target = (sequence * job.kv_heads * job.group + query) * job.tokens + token
-        target = job.dq + target * job.head_dim * size
+        target = job.dq + sequence * job.dq_batch + query * job.dq_head + token * job.dq_token
         for column in range(0, whole, WIDTH):
             store_as(kind, target + column * size, load(source + 4 * column))
         for column in range(whole, job.head_dim):

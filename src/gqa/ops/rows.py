@@ -52,7 +52,7 @@ def visible_range(job, sequence, first, rows, first_key, end_key):
 
 @jit
 def limits(key, count, rows, lanes, first_key, end_key, low, high):
-    """The rows' ranges relative to `key`, cut to [0, count], as float32 to compare lanes with; lanes past `rows` see none."""
+    """The rows' ranges relative to `key`, cut to [0, count], as float32 to compare with; lanes past `rows` see none."""
     for lane in range(lanes):
         begin, end = 0, 0
         if lane < rows:
