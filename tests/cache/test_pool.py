@@ -194,7 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.free_blocks == self.pool.num_blocks
 
 
-PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestPool = PoolMachine.TestCase
 
 
