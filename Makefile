@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -24,8 +25,8 @@ lint: .venv/installed  ## formatting, lint, types and the layers
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## time grouped-query decoding here; writes benchmarks/results/
-	$(BIN)/python benchmarks/decode.py
+bench: .venv/installed-bench  ## time attention on this CPU against its peers; BENCH_ARGS="--rows full" for every shape
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 clean:  ## remove what these tasks made: .venv, study/, caches
 	rm -rf .venv study dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -39,4 +40,9 @@ clean:  ## remove what these tasks made: .venv, study/, caches
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip \
 	  && $(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev \
 	  || { echo "error: the installation failed\nhint: it needs a package index (PyPI or your mirror); make goes on where it was" >&2; exit 1; }
+	@touch $@
+
+# The peers that benchmarks compare with.
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	@touch $@

@@ -131,7 +131,7 @@ def default_way(model: Any, held: list, context_tokens: int) -> Way:
     cache = DynamicCache(config=model.config)
     for index, (k, v) in enumerate(held):
         cache.update(k, v, index)
-        layer = cache.layers[index]
+        layer: Any = cache.layers[index]
         if hasattr(layer, "cumulative_length"):  # a window's layer counts the tokens that it has dropped
             layer.cumulative_length = context_tokens
     before = [copy.copy(layer) for layer in cache.layers]

@@ -22,9 +22,9 @@ from gqa.progress import Progress, silent
 
 OURS = "gqa"
 REPEATS = 20
-BUDGET_SECONDS = 4.0
+BUDGET_SECONDS = 1.0
 
-_READ, _MULTIPLY = "limit: read", "limit: multiply"
+_READ, _SGEMM, _MULTIPLY = "limit: read", "limit: sgemm", "limit: fp32"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,12 +57,13 @@ def measure(
     """Check every contender, then time those that were right, in turns with the machine's own limits: a flat row each.
 
     Each turn takes the next of several copies of K and V, so that no cache still holds what the turn before read.
-    The roofline of these rows comes from the probes' times in the same turns.
+    The rooflines of these rows come from the probes' times in the same turns: roofline_seconds with torch.mm's rate,
+    limit_seconds with the fastest fp32 product there is on this machine.
 
     A row has the problem's fields and its kv_bytes and flops; contender, status (`timed`, `wrong`, `unserved` or
-    `failed`) and reason; error_max and error_max_allowed; and where timed seconds_p20, _p50, _p80, repeats,
-    roofline_seconds and the two rates it comes from, fraction_of_roofline, times_of_gqa (its median over ours) and
-    cold_caches.
+    `failed`) and reason; error_max and error_max_allowed; and where timed seconds_p20, _p50, _p80, repeats, both
+    rooflines and the rates they come from, fraction_of_roofline, fraction_of_limit, times_of_gqa (its median over
+    ours) and cold_caches.
     """
     inputs = random_inputs(problem, seed)
     right = answer(inputs)
@@ -76,19 +77,24 @@ def measure(
     turns: dict[str, Callable[[int], object]] = {
         name: lambda turn, calls=calls: calls[turn % count].run() for name, calls in ready.items()
     }
-    turns |= {_READ: lambda _: limits.read.run(), _MULTIPLY: lambda _: limits.multiply.run()}
-    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds)
+    probes = {_READ: limits.read, _SGEMM: limits.sgemm, _MULTIPLY: limits.multiply}
+    turns |= {name: lambda _, probe=probe: probe.run() for name, probe in probes.items()}
+    # The check has been a first run for all; a prefill is too long for more of them.
+    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, warm_up=0 if problem.causal else 2)
+    read, sgemm, multiply = (probe.amount / timed[name].p50 for name, probe in probes.items())
     rates = {
-        "read_bytes_per_second": limits.read.amount / timed[_READ].p50,
-        "fp32_flops_per_second": limits.multiply.amount / timed[_MULTIPLY].p50,
+        "read_bytes_per_second": read,
+        "sgemm_flops_per_second": sgemm,
+        "fp32_flops_per_second": multiply,
+        "roofline_seconds": problem.roofline_seconds(read, sgemm),
+        "limit_seconds": problem.roofline_seconds(read, max(sgemm, multiply)),
     }
-    roofline = problem.roofline_seconds(**rates)
     ours = timed.get(OURS)
     return [
         describe(problem)
         | {"contender": name}
         | row
-        | (figures(timed[name], roofline, ours) | rates | {"cold_caches": cold} if name in ready else {})
+        | (rates | figures(timed[name], rates, ours) | {"cold_caches": cold} if name in ready else {})
         for name, row in rows.items()
     ]
 
@@ -98,15 +104,15 @@ def describe(problem: Problem) -> dict[str, Any]:
     return dataclasses.asdict(problem) | {"kv_bytes": problem.kv_bytes, "flops": problem.flops}
 
 
-def figures(seconds: Seconds, roofline_seconds: float, ours: Seconds | None) -> dict[str, Any]:
+def figures(seconds: Seconds, rates: Mapping[str, float], ours: Seconds | None) -> dict[str, Any]:
     """What is told of one timed contender."""
     return {
         "seconds_p20": seconds.p20,
         "seconds_p50": seconds.p50,
         "seconds_p80": seconds.p80,
         "repeats": seconds.repeats,
-        "roofline_seconds": roofline_seconds,
-        "fraction_of_roofline": roofline_seconds / seconds.p50,
+        "fraction_of_roofline": rates["roofline_seconds"] / seconds.p50,
+        "fraction_of_limit": rates["limit_seconds"] / seconds.p50,
         "times_of_gqa": None if ours is None else seconds.p50 / ours.p50,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from gqa.record import describe_machine
 from gqa.units import MIB
 
 READ_BYTES = 256 * MIB
-MATRIX_SHAPES = ((1024, 1024, 1024), (2048, 2048, 1024), (4096, 1024, 1024))
+MATRIX_SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 1024))
 REPEATS = 9
 UNKNOWN_CACHE_BYTES = 64 * MIB
 
@@ -32,6 +32,8 @@ class Machine:
     simd:                 the vector instructions torch found, such as AVX2 or AVX512
     cache_bytes:          the last-level cache
     read_bytes_per_second, fp32_flops_per_second: medians of the fastest method, whose name stands beside
+    sgemm_flops_per_second: the fastest torch.mm. Its library need not use all that the processor has, so it may lie
+                          well below fp32_flops_per_second
     """
 
     processor: str
@@ -43,6 +45,8 @@ class Machine:
     read_method: str
     fp32_flops_per_second: float
     matrix_method: str
+    sgemm_flops_per_second: float
+    sgemm_method: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,15 +60,16 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """The machine, and the two probes that were fastest on it, to be run again between other measurements."""
+    """The machine, and the probes that were fastest on it, to be run again between other measurements."""
 
     machine: Machine
     read: Probe
     multiply: Probe
+    sgemm: Probe
 
 
 def measure_machine() -> Machine:
-    """Measure both limits with torch's threads; a second or two, and a buffer of 4 last-level caches or 256 MiB."""
+    """Measure the limits with torch's threads; a second or two, and a buffer of 4 last-level caches or 256 MiB."""
     return measure_limits().machine
 
 
@@ -81,8 +86,10 @@ def measure_limits(
     """
     cache = last_level_cache_bytes()
     reads = read_probes(read_bytes or max(READ_BYTES, 4 * cache))
-    products = [matrix_probe(*shape) for shape in matrix_shapes]
-    (read, read_rate), (multiply, matrix_rate) = (fastest(kind, repeats) for kind in (reads, products))
+    kinds = (reads, sgemm_probes(matrix_shapes), onednn_probes(matrix_shapes))
+    (read, read_rate), *matrices = (fastest(kind, repeats) for kind in kinds if kind)
+    sgemm, sgemm_rate = matrices[0]
+    multiply, matrix_rate = max(matrices, key=lambda found: found[1])
     about = describe_machine()
     machine = Machine(
         processor=about["processor"],
@@ -94,8 +101,10 @@ def measure_limits(
         read_method=read.name,
         fp32_flops_per_second=matrix_rate,
         matrix_method=multiply.name,
+        sgemm_flops_per_second=sgemm_rate,
+        sgemm_method=sgemm.name,
     )
-    return Limits(machine, read, multiply)
+    return Limits(machine, read, multiply, sgemm)
 
 
 def fastest(probes: list[Probe], repeats: int) -> tuple[Probe, float]:
@@ -121,12 +130,27 @@ def read_probes(count: int) -> list[Probe]:
     ]
 
 
-def matrix_probe(rows: int, inner: int, columns: int) -> Probe:
-    """fp32 (rows, inner) @ (inner, columns), 2 * rows * inner * columns FLOPs."""
-    left, right = torch.ones(rows, inner), torch.ones(inner, columns)
-    out = torch.empty(rows, columns)
-    name = f"sgemm {rows} x {inner} x {columns}"
-    return Probe(name, 2 * rows * inner * columns, functools.partial(torch.mm, left, right, out=out))
+def sgemm_probes(shapes: Iterable[tuple[int, int, int]]) -> list[Probe]:
+    """fp32 (rows, inner) @ (inner, columns) by torch.mm, 2 * rows * inner * columns FLOPs."""
+    probes = []
+    for rows, inner, columns in shapes:
+        left, right, out = torch.ones(rows, inner), torch.ones(inner, columns), torch.empty(rows, columns)
+        run = functools.partial(torch.mm, left, right, out=out)
+        probes.append(Probe(f"sgemm {rows} x {inner} x {columns}", 2 * rows * inner * columns, run))
+    return probes
+
+
+def onednn_probes(shapes: Iterable[tuple[int, int, int]]) -> list[Probe]:
+    """The same products by oneDNN with the weights laid out its way, where torch has it: it compiles for the
+    processor at hand, whoever made it."""
+    if not torch.backends.mkldnn.is_available():
+        return []
+    probes = []
+    for rows, inner, columns in shapes:
+        left, right = torch.ones(rows, inner).to_mkldnn(), torch.ones(columns, inner).to_mkldnn()
+        run = functools.partial(torch.nn.functional.linear, left, right)
+        probes.append(Probe(f"oneDNN {rows} x {inner} x {columns}", 2 * rows * inner * columns, run))
+    return probes
 
 
 def last_level_cache_bytes(caches: Path = _CACHES) -> int:

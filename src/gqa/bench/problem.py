@@ -77,10 +77,10 @@ class Problem:
         products = 7 if self.backward else 2
         return self.batch * self.query_heads * pairs * products * 2 * self.head_dim
 
-    def roofline_seconds(self, read_bytes_per_second: float, fp32_flops_per_second: float) -> float:
-        """max(KV bytes / read bandwidth, FLOPs / fp32 matrix rate): no kernel that computes in fp32 is faster, as long
-        as K and V come from memory."""
-        return max(self.kv_bytes / read_bytes_per_second, self.flops / fp32_flops_per_second)
+    def roofline_seconds(self, read_bytes_per_second: float, flops_per_second: float) -> float:
+        """max(KV bytes / read bandwidth, FLOPs / matrix rate): as long as K and V come from memory, nothing that
+        computes at this rate is faster."""
+        return max(self.kv_bytes / read_bytes_per_second, self.flops / flops_per_second)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -97,9 +97,12 @@ class Inputs:
 
     def clone(self) -> Inputs:
         """The same numbers elsewhere in memory."""
-        names = ("q", "k", "v", "k_scale", "v_scale", "grad")
-        tensors = {name: getattr(self, name) for name in names}
-        return Inputs(self.problem, **{name: None if x is None else x.clone() for name, x in tensors.items()})
+        changes = {
+            field.name: tensor.clone()
+            for field in dataclasses.fields(self)
+            if isinstance(tensor := getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **changes)
 
 
 def random_inputs(problem: Problem, seed: int = 0) -> Inputs:

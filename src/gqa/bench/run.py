@@ -19,16 +19,37 @@ from gqa.record import Record, describe_versions
 
 LIBRARIES = ("numba", "llvmlite")
 
-MEASURED = (
-    "seconds_p20", "seconds_p50", "seconds_p80", "fraction_of_roofline", "times_of_gqa", "read_bytes_per_second",
-    "fp32_flops_per_second", "error_max", "seconds_per_token_p20", "seconds_per_token_p50", "seconds_per_token_p80",
-    "tokens_per_second", "cache_bytes_measured", "logits_error_rms",
-)  # fmt: skip
-PREDICTED = ("kv_bytes", "flops", "roofline_seconds", "error_max_allowed", "logits_error_rms_allowed")
+MEASURED: tuple[str, ...] = (
+    "seconds_p20",
+    "seconds_p50",
+    "seconds_p80",
+    "fraction_of_roofline",
+    "fraction_of_limit",
+    "times_of_gqa",
+    "read_bytes_per_second",
+    "sgemm_flops_per_second",
+    "fp32_flops_per_second",
+    "error_max",
+    "seconds_per_token_p20",
+    "seconds_per_token_p50",
+    "seconds_per_token_p80",
+    "tokens_per_second",
+    "cache_bytes_measured",
+    "logits_error_rms",
+)
+PREDICTED: tuple[str, ...] = (
+    "kv_bytes",
+    "flops",
+    "roofline_seconds",
+    "limit_seconds",
+    "error_max_allowed",
+    "logits_error_rms_allowed",
+)
 
 ABOUT_ATTENTION = (
     "A time is the median of runs in turns: every contender once, then again; p20 and p80 stand in the record.",
-    "The limit is max(KV bytes / read bandwidth, FLOPs / fp32 matrix rate), both rates measured in the same turns.",
+    "The roofline is max(KV bytes / read bandwidth, FLOPs / rate of torch's sgemm), measured in the same turns; the"
+    " limit is the same with the fastest fp32 matrix product there is on this machine.",
     "Every contender was right first: checked against float64. K and V were in no cache unless the record says so.",
 )
 ABOUT_GENERATION = (
@@ -80,7 +101,7 @@ def record(
     libraries: Iterable[str] = (),
 ) -> Record:
     """A record of measurements, with the commit and the versions of these libraries beside the usual ones."""
-    basis = dict.fromkeys(MEASURED, "measured") | dict.fromkeys(PREDICTED, "predicted")
+    basis: dict[str, str] = dict.fromkeys(MEASURED, "measured") | dict.fromkeys(PREDICTED, "predicted")
     versions = describe_versions()
     for name in (*LIBRARIES, *libraries):
         try:

@@ -11,7 +11,7 @@ import torch
 from gqa.errors import GqaError
 
 WARM_UP_ROUNDS = 2
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ def take_turns(
     """Run every contender once per round, `repeats` rounds; odd rounds go backwards, so that none always follows the
     same one.
 
-    A contender is called with the number of its turn, which rises by one from turn to turn, warm-up included.
-    budget_seconds: stop early once this time is spent and `LEAST_ROUNDS` rounds are done.
+    A contender is called with the number of the round, which counts up from 0, warm-up included.
+    budget_seconds: a contender that has spent this much time sits out the further rounds once it has `LEAST_ROUNDS`,
+    or even 1 if it has spent `LEAST_ROUNDS` times as much.
     after: what to do after a contender's turn, outside its time; on_round: told how many timed rounds are done.
 
     Returns name -> Seconds. Raises GqaError for fewer than 1 repeat.
@@ -52,20 +53,24 @@ def take_turns(
     if repeats < 1:
         raise GqaError("repeats must be positive", got=repeats, allowed="1 or more")
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    begin = time.perf_counter()
+    spent = dict.fromkeys(contenders, 0.0)
+    playing = list(contenders)
     for turn in range(warm_up + repeats):
-        for name in list(contenders) if turn % 2 == 0 else reversed(list(contenders)):
+        for name in playing if turn % 2 == 0 else playing[::-1]:
             start = time.perf_counter()
             contenders[name](turn)
             elapsed = time.perf_counter() - start
+            spent[name] += elapsed
             if after and name in after:
                 after[name]()
             if turn >= warm_up:
                 taken[name].append(elapsed)
-        done = turn + 1 - warm_up
-        if done > 0 and on_round:
-            on_round(done)
-        spent = time.perf_counter() - begin
-        if budget_seconds is not None and done >= LEAST_ROUNDS and spent > budget_seconds:
-            break
+        if turn >= warm_up and on_round:
+            on_round(turn + 1 - warm_up)
+        if budget_seconds is not None:
+            playing = [name for name in playing if not _done(len(taken[name]), spent[name], budget_seconds)]
     return {name: percentiles(seconds) for name, seconds in taken.items()}
+
+
+def _done(rounds: int, spent: float, budget: float) -> bool:
+    return (rounds >= LEAST_ROUNDS and spent > budget) or (rounds >= 1 and spent > LEAST_ROUNDS * budget)
