@@ -10,14 +10,16 @@ import torch
 
 from gqa.ops import call, compiled, cpu_forward, threads
 from gqa.ops.call import KINDS, dense, place, whole
-from gqa.ops.cpu_forward import BLOCK, MAX_ROWS, SCRATCH_BYTES, Job
+from gqa.ops.cpu_forward import MAX_ROWS, SCRATCH_BYTES, Job
 from gqa.ops.simd import VECTOR_BYTES, WIDTH
+from gqa.ops.tiles import GROUP
 
-AHEAD = 32
+AHEAD_BYTES = 16 << 10  # of K, and of V, are on their way from memory at decode
+AHEAD_ROWS = 32  # query rows of a tile up to which memory, not arithmetic, takes the time
 TILE_ROWS = 64  # query rows of a tile where there are many
 SERIAL_WORK = 1 << 20  # multiplications below which waking threads costs more than they save
 SPLIT_KEYS = 512  # a split's keys at least
-TASKS_PER_THREAD = 8  # so that threads end together although one is held up
+TASKS_PER_THREAD = 16  # so that threads end together although one is held up
 
 
 def unserved(
@@ -80,7 +82,12 @@ def forward(
     job.v, job.v_batch, job.v_head, job.v_token = place(v)
     job.out, job.out_batch, job.out_head, job.out_token = place(out)
     job.lse = lse.data_ptr() if want_lse else 0
-    job.ahead = AHEAD
+    rows = T * HG // H
+    job.rows = rows if rows <= MAX_ROWS else TILE_ROWS
+    job.tiles = -(-rows // job.rows)
+    tiles = B * H * job.tiles
+    if rows <= AHEAD_ROWS:
+        job.ahead = max(GROUP, AHEAD_BYTES // (D * k.element_size()))
     call.describe(
         job, q, S, causal=causal, q_start=q_start, q_starts=q_starts, window=window, scale=scale, softcap=softcap,
         mask=mask, kv_lengths=kv_lengths, kv_starts=kv_starts,
@@ -97,10 +104,6 @@ def forward(
         job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token = place(k_scale)
         job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token = place(v_scale)
 
-    rows = T * HG // H
-    job.rows = rows if rows <= MAX_ROWS else TILE_ROWS
-    job.tiles = -(-rows // job.rows)
-    tiles = B * H * job.tiles
     workers = threads.count()
     if B * HG * T * S * (D + Dv) < SERIAL_WORK:
         workers = 1
@@ -108,7 +111,7 @@ def forward(
     splits = 1
     if workers > 1 and tiles < TASKS_PER_THREAD * workers:
         splits = max(1, min(-(-TASKS_PER_THREAD * workers // tiles), S // SPLIT_KEYS))
-    job.split_keys = -(-S // (splits * BLOCK)) * BLOCK
+    job.split_keys = -(-S // (splits * GROUP)) * GROUP
     job.splits = -(-S // job.split_keys)
     job.tasks = tiles * job.splits
     if job.splits > 1:

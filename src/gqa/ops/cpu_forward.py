@@ -50,10 +50,22 @@ from gqa.ops.simd import (
     swap,
     where_less,
 )
-from gqa.ops.tiles import GROUP, STAGE, STAGE_BYTES, product_columns, product_rows, product_rows_shared, stage_row
+from gqa.ops.tiles import (
+    GROUP,
+    STAGE,
+    STAGE_BYTES,
+    product_columns,
+    product_rows,
+    product_rows_shared,
+    stage_row,
+    steps_of_columns,
+    steps_of_rows,
+)
 
-BLOCK = 64  # keys of one step of the online softmax
 MAX_ROWS = 128  # query rows of a tile
+MOST_KEYS = 512  # keys of one step of the online softmax, at most; fewer for many rows, whose scores have to stay near
+SCORE_FLOATS = 16 * 1024
+FEW_ROWS = 2  # as many rows leave a key so little arithmetic that only memory counts
 
 LOG2_E = np.float32(math.log2(math.e))
 LN_2 = np.float32(math.log(2.0))
@@ -92,8 +104,8 @@ def _layout() -> dict[str, int]:
     """Where each part of a worker's scratch begins, and what it needs in all, in bytes."""
     sizes = {
         "QUERIES": 4 * (STAGE * MAX_ROWS),
-        "SCORES": 4 * BLOCK * MAX_ROWS,
-        "BIAS": 4 * BLOCK * MAX_ROWS,
+        "SCORES": 4 * SCORE_FLOATS,
+        "BIAS": 4 * SCORE_FLOATS,
         "K_STAGE": GROUP * STAGE_BYTES,
         "V_STAGE": GROUP * STAGE_BYTES,
         "SUMS": MAX_ROWS * STAGE_BYTES,
@@ -226,43 +238,35 @@ def row_address(base, batch_stride, head_stride, token_stride, job, sequence, he
 
 
 @jit
-def stage_keys(kind, job, sequence, head, key, count, here):
+def stage_keys(kind, job, sequence, head, key, count, ahead, here):
     """Rows of K for `count` keys from `key` on, float32."""
-    lines = job.head_dim * size_of(kind)
     for i in range(count):
         source = row_address(job.k, job.k_batch, job.k_head, job.k_token, job, sequence, head, key + i)
         factor = ONE
         if size_of(kind) == 1:
-            factor = load_scalar(
-                FP32,
-                row_address(
-                    job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token, job, sequence, head, key + i
-                ),
+            place = row_address(
+                job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token, job, sequence, head, key + i
             )
-        if job.ahead:
-            for line in range(0, lines, 64):
-                prefetch(source + job.ahead * job.k_token + line)
-        stage_row(kind, source, job.head_dim, here + K_STAGE + i * STAGE_BYTES, factor)
+            factor = load_scalar(FP32, place)
+            if i == 0:
+                prefetch(place + job.ahead * job.k_scale_token)
+        stage_row(kind, source, job.head_dim, here + K_STAGE + i * STAGE_BYTES, factor, ahead * job.k_token)
 
 
 @jit
-def stage_values(kind, job, sequence, head, key, count, here):
+def stage_values(kind, job, sequence, head, key, count, ahead, here):
     """Rows of V for `count` keys from `key` on, float32."""
-    lines = job.v_head_dim * size_of(kind)
     for i in range(count):
         source = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, key + i)
         factor = ONE
         if size_of(kind) == 1:
-            factor = load_scalar(
-                FP32,
-                row_address(
-                    job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
-                ),
+            place = row_address(
+                job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
             )
-        if job.ahead:
-            for line in range(0, lines, 64):
-                prefetch(source + job.ahead * job.v_token + line)
-        stage_row(kind, source, job.v_head_dim, here + V_STAGE + i * STAGE_BYTES, factor)
+            factor = load_scalar(FP32, place)
+            if i == 0:
+                prefetch(place + job.ahead * job.v_scale_token)
+        stage_row(kind, source, job.v_head_dim, here + V_STAGE + i * STAGE_BYTES, factor, ahead * job.v_token)
 
 
 @jit
@@ -299,7 +303,7 @@ def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
             if row < rows:
                 low = load_int(here + FIRST_KEY + 8 * row, 8) - key
                 high = load_int(here + END_KEY + 8 * row, 8) - key
-            store_scalar(FP32, here + LOW + 4 * lane, np.float32(min(max(low, 0), BLOCK)))
+            store_scalar(FP32, here + LOW + 4 * lane, np.float32(min(max(low, 0), count)))
             store_scalar(FP32, here + HIGH + 4 * lane, np.float32(min(max(high, 0), count)))
     number = load(here + KEY_OF_LANE)
     changed = False
@@ -395,6 +399,11 @@ def merge(kind, job, unit, sequence, head, first, rows, vectors):
         finish_row(kind, job, sequence, head, first + row, place + 8, vectors, total, highest)
 
 
+@inline
+def lines_per_step(size, steps):
+    return (size // 64 + steps - 1) // steps
+
+
 @jit
 def run_task(q_kind, kv_kind, job, task, here):
     split = task % job.splits
@@ -433,19 +442,33 @@ def run_task(q_kind, kv_kind, job, task, here):
                 place = sequence * job.mask_batch + query * job.mask_head + token * job.mask_token
                 store_int(here + MASK_ROW + 8 * row, place)
 
-    for key in range(begin, end, BLOCK):
-        count = min(BLOCK, end - key)
+    # Cache lines to ask for ahead of time: where a key costs little arithmetic, while its row is staged; else at each
+    # step of the products, which otherwise leave the memory idle.
+    staged = job.ahead if rows <= FEW_ROWS else 0
+    key_lines = value_lines = 0
+    if job.ahead and rows > FEW_ROWS:
+        size = GROUP * size_of(kv_kind)
+        key_lines = lines_per_step(size * job.head_dim, steps_of_rows(job.head_dim, vectors, terms))
+        value_lines = lines_per_step(size * job.v_head_dim, steps_of_columns(rows, columns))
+
+    block = min(MOST_KEYS, SCORE_FLOATS // padded // GROUP * GROUP)
+    for key in range(begin, end, block):
+        count = min(block, end - key)
         if job.mask_kind and not load_bias(job, key, count, rows, padded, here):
             continue
         for group in range(0, count, GROUP):
-            stage_keys(kv_kind, job, sequence, head, key + group, min(GROUP, count - group), here)
-            scores = here + SCORES + 4 * group * padded
+            stage_keys(kv_kind, job, sequence, head, key + group, min(GROUP, count - group), staged, here)
+            ahead = 0
+            if key_lines:
+                soon = min(key + group + job.ahead, end - 1)
+                ahead = row_address(job.k, job.k_batch, job.k_head, job.k_token, job, sequence, head, soon)
+            scores, queries, keys = here + SCORES + 4 * group * padded, here + QUERIES, here + K_STAGE
             if terms == 1:
                 product_rows(
-                    scores, 4 * padded, here + K_STAGE, here + QUERIES, 4 * padded, job.head_dim, vectors, False
+                    scores, 4 * padded, keys, queries, 4 * padded, job.head_dim, vectors, False, ahead, key_lines
                 )
             else:
-                product_rows_shared(scores, here + K_STAGE, here + QUERIES, job.head_dim, terms)
+                product_rows_shared(scores, keys, queries, job.head_dim, terms, ahead, key_lines)
         partial = key < inner_low or key + count > inner_high or count % terms != 0
         if softmax(job, key, count, rows, padded, vectors, terms, partial, here):
             for row in range(rows):
@@ -454,10 +477,14 @@ def run_task(q_kind, kv_kind, job, task, here):
                     store(here + SUMS + place, load(here + SUMS + place) * shrink)
         for group in range(0, count, GROUP):
             some = min(GROUP, count - group)
-            stage_values(kv_kind, job, sequence, head, key + group, some, here)
-            weights = here + SCORES + 4 * group * padded
+            stage_values(kv_kind, job, sequence, head, key + group, some, staged, here)
+            ahead = 0
+            if value_lines:
+                soon = min(key + group + job.ahead, end - 1)
+                ahead = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, soon)
+            weights, sums, values = here + SCORES + 4 * group * padded, here + SUMS, here + V_STAGE
             product_columns(
-                here + SUMS, STAGE_BYTES, weights, 4 * padded, here + V_STAGE, STAGE_BYTES, some, rows, columns
+                sums, STAGE_BYTES, weights, 4 * padded, values, STAGE_BYTES, some, rows, columns, ahead, value_lines
             )
 
     if terms > 1:

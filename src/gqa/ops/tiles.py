@@ -23,6 +23,7 @@ from gqa.ops.simd import (
     load_as,
     load_scalar,
     load_tile,
+    prefetch,
     rank_one,
     rank_shared,
     size_of,
@@ -40,11 +41,16 @@ WIDE = REGISTERS == 32  # 16 sums in registers at once; else 8
 
 
 @inline
-def stage_row(kind, source, columns, target, factor):
-    """One row of numbers to float32; columns up to the next multiple of WIDTH become 0. int8 is times `factor`."""
+def stage_row(kind, source, columns, target, factor, ahead=0):
+    """One row of numbers to float32; columns up to the next multiple of WIDTH become 0. int8 is times `factor`.
+
+    ahead: 0, or how many bytes further on cache lines are asked for, as many as are read.
+    """
     size = size_of(kind)
     whole = columns - columns % WIDTH
     for column in range(0, whole, WIDTH):
+        if ahead and column * size % 64 == 0:
+            prefetch(source + column * size + ahead)
         vector = load_as(kind, source + column * size)
         if size == 1:
             vector = vector * splat(factor)
@@ -58,97 +64,114 @@ def stage_row(kind, source, columns, target, factor):
             store_scalar(FP32, target + 4 * column, value)
 
 
+# The products of decoding also keep the memory busy: at each of their steps they ask for `lines` cache lines from
+# `ahead` on. Nothing is asked for by default.
+
+
 @inline
-def _rows(tile, c, c_stride, a, b, b_stride, n, add):
+def _rows(tile, c, c_stride, a, b, b_stride, n, add, ahead, lines):
     if add:
         tile = load_tile(tile, c, c_stride)
     for _ in range(n):
         tile = rank_one(tile, a, STAGE, b)
         a += 4
         b += b_stride
+        for _ in range(lines):
+            prefetch(ahead)
+            ahead += 64
     store_tile(tile, c, c_stride)
 
 
 @inline
-def _columns(tile, c, c_stride, a, a_stride, b, b_stride, n):
+def _columns(tile, c, c_stride, a, a_stride, b, b_stride, n, ahead, lines):
     tile = load_tile(tile, c, c_stride)
     for _ in range(n):
         tile = rank_one(tile, a, 1, b)
         a += a_stride
         b += b_stride
+        for _ in range(lines):
+            prefetch(ahead)
+            ahead += 64
     store_tile(tile, c, c_stride)
 
 
 @jit
-def product_rows(c, c_stride, a, b, b_stride, n, vectors, add):
+def product_rows(c, c_stride, a, b, b_stride, n, vectors, add, ahead=0, lines=0):
     """C (GROUP, vectors * WIDTH) = A B for GROUP staged rows of A, or C += A B with `add`. Strides in bytes."""
     j = 0
     if WIDE:
         while vectors - j >= 4:
             for i in range(0, GROUP, 4):
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _rows(zeros(4, 4), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+                here, there = c + i * c_stride + j * VECTOR_BYTES, a + i * STAGE_BYTES
+                _rows(zeros(4, 4), here, c_stride, there, b + j * VECTOR_BYTES, b_stride, n, add, ahead, lines)
+                ahead += 64 * lines * n
             j += 4
         while vectors - j >= 2:
             for i in range(0, GROUP, 8):
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _rows(zeros(8, 2), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+                here, there = c + i * c_stride + j * VECTOR_BYTES, a + i * STAGE_BYTES
+                _rows(zeros(8, 2), here, c_stride, there, b + j * VECTOR_BYTES, b_stride, n, add, ahead, lines)
+                ahead += 64 * lines * n
             j += 2
         if vectors > j:
-            _rows(zeros(16, 1), c + j * VECTOR_BYTES, c_stride, a, b + j * VECTOR_BYTES, b_stride, n, add)
+            here = c + j * VECTOR_BYTES
+            _rows(zeros(16, 1), here, c_stride, a, b + j * VECTOR_BYTES, b_stride, n, add, ahead, lines)
     else:
         while vectors - j >= 2:
             for i in range(0, GROUP, 4):
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _rows(zeros(4, 2), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+                here, there = c + i * c_stride + j * VECTOR_BYTES, a + i * STAGE_BYTES
+                _rows(zeros(4, 2), here, c_stride, there, b + j * VECTOR_BYTES, b_stride, n, add, ahead, lines)
+                ahead += 64 * lines * n
             j += 2
         if vectors > j:
             for i in range(0, GROUP, 8):
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _rows(zeros(8, 1), here, c_stride, a + i * STAGE_BYTES, b + j * VECTOR_BYTES, b_stride, n, add)
+                here, there = c + i * c_stride + j * VECTOR_BYTES, a + i * STAGE_BYTES
+                _rows(zeros(8, 1), here, c_stride, there, b + j * VECTOR_BYTES, b_stride, n, add, ahead, lines)
+                ahead += 64 * lines * n
 
 
 @jit
-def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors):
+def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors, ahead=0, lines=0):
     """C (rows, vectors * WIDTH) += A^T B for A (n, rows). Strides in bytes."""
     j = 0
     if WIDE:
         while vectors - j >= 4:
+            here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
             i = 0
             while rows - i >= 4:
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _columns(zeros(4, 4), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+                _columns(
+                    zeros(4, 4), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+                )
+                ahead += 64 * lines * n
                 i += 4
             while rows > i:
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _columns(zeros(1, 4), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+                _columns(
+                    zeros(1, 4), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+                )
+                ahead += 64 * lines * n
                 i += 1
             j += 4
     while vectors - j >= 2:
+        here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
         i = 0
-        if WIDE:
-            while rows - i >= 8:
-                here = c + i * c_stride + j * VECTOR_BYTES
-                _columns(zeros(8, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
-                i += 8
         while rows - i >= 4:
-            here = c + i * c_stride + j * VECTOR_BYTES
-            _columns(zeros(4, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            _columns(zeros(4, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            ahead += 64 * lines * n
             i += 4
         while rows > i:
-            here = c + i * c_stride + j * VECTOR_BYTES
-            _columns(zeros(1, 2), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            _columns(zeros(1, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            ahead += 64 * lines * n
             i += 1
         j += 2
     if vectors > j:
+        here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
         i = 0
         while rows - i >= 8:
-            here = c + i * c_stride + j * VECTOR_BYTES
-            _columns(zeros(8, 1), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            _columns(zeros(8, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            ahead += 64 * lines * n
             i += 8
         while rows > i:
-            here = c + i * c_stride + j * VECTOR_BYTES
-            _columns(zeros(1, 1), here, c_stride, a + 4 * i, a_stride, b + j * VECTOR_BYTES, b_stride, n)
+            _columns(zeros(1, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            ahead += 64 * lines * n
             i += 1
 
 
@@ -160,12 +183,15 @@ def _shared(terms):
     step = 4 * terms
 
     @inline
-    def product(c, a, b, n):
+    def product(c, a, b, n, ahead, lines):
         tile = zeros(16, 1)
         for _ in range(0, n, terms):
             tile = rank_shared(tile, a, STAGE, b, terms)
             a += step
             b += VECTOR_BYTES
+            for _ in range(lines):
+                prefetch(ahead)
+                ahead += 64
         store_tile(fold(tile, terms), c, VECTOR_BYTES)
 
     return product
@@ -177,13 +203,30 @@ _product_2, _product_4, _product_8, _product_16 = (
 
 
 @jit
-def product_rows_shared(c, a, b, n, terms):
+def product_rows_shared(c, a, b, n, terms, ahead=0, lines=0):
     """GROUP staged rows of A times B, whose WIDTH // terms columns lie in one vector with lanes (column, term)."""
     if terms == 2:
-        _product_2(c, a, b, n)
+        _product_2(c, a, b, n, ahead, lines)
     elif terms == 4:
-        _product_4(c, a, b, n)
+        _product_4(c, a, b, n, ahead, lines)
     elif terms == 8:
-        _product_8(c, a, b, n)
+        _product_8(c, a, b, n, ahead, lines)
     else:
-        _product_16(c, a, b, n)
+        _product_16(c, a, b, n, ahead, lines)
+
+
+@inline
+def steps_of_rows(n, vectors, terms):
+    """How many steps `product_rows` or `product_rows_shared` takes."""
+    if terms > 1:
+        return (n + terms - 1) // terms
+    if WIDE:
+        return n * (vectors // 4 * 4 + vectors % 4 // 2 * 2 + vectors % 2)
+    return n * (vectors // 2 * 4 + vectors % 2 * 2)
+
+
+@inline
+def steps_of_columns(rows, vectors):
+    """How many steps `product_columns` takes for GROUP rows of A and B, about."""
+    across = 4 if WIDE else 2
+    return GROUP * ((vectors + across - 1) // across) * ((rows + 3) // 4)
