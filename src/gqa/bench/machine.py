@@ -76,14 +76,17 @@ def measure_machine() -> Machine:
 def measure_limits(
     *,
     read_bytes: int | None = None,
-    matrix_shapes: tuple[tuple[int, int, int], ...] = MATRIX_SHAPES,
-    repeats: int = REPEATS,
+    matrix_shapes: tuple[tuple[int, int, int], ...] | None = None,
+    repeats: int | None = None,
 ) -> Limits:
     """Time every probe in turns and keep the fastest of each kind.
 
     read_bytes: the size of the buffer that is read; by default far more than the last-level cache holds.
-    matrix_shapes: (rows, inner, columns) of the products. Raises GqaError for fewer than 1 repeat.
+    matrix_shapes: (rows, inner, columns) of the products, by default MATRIX_SHAPES; repeats: by default REPEATS.
+    Raises GqaError for fewer than 1 repeat.
     """
+    matrix_shapes = MATRIX_SHAPES if matrix_shapes is None else matrix_shapes
+    repeats = REPEATS if repeats is None else repeats
     cache = last_level_cache_bytes()
     reads = read_probes(read_bytes or max(READ_BYTES, 4 * cache))
     kinds = (reads, sgemm_probes(matrix_shapes), onednn_probes(matrix_shapes))

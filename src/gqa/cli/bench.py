@@ -69,7 +69,7 @@ def command(
     """
     source = open_source(model) if model else None
     shape = parse_config(source.config, source.name) if source else None
-    if shape and (heads or head_dim):
+    if shape and (heads is not None or head_dim is not None):
         raise GqaError("MODEL gives the heads", got="--heads or --head-dim", hint="leave out MODEL or these options")
     if layers is not None and not source:
         raise GqaError("--layers goes with a MODEL", hint="gqa bench llama-3.2-1b --layers 4")
@@ -87,7 +87,7 @@ def command(
         Problem(
             query_heads=query_heads,
             kv_heads=setting,
-            head_dim=(shape.head_dim if shape else head_dim) or HEAD_DIM,
+            head_dim=shape.head_dim if shape else HEAD_DIM if head_dim is None else head_dim,
             context_tokens=tokens,
             query_tokens=tokens if prefill else 1,
             batch=batch,
@@ -127,13 +127,15 @@ def _settings(shape: ModelShape | None, heads: str | None, kv_heads: str | None)
         if len(parts) > 2 or not all(part.isascii() and part.isdigit() and 0 < len(part) < 7 for part in parts):
             raise GqaError("--heads is not understood", got=repr(heads), allowed="query heads, or query/KV heads")
         query_heads, *given = map(int, parts)
+        if query_heads == 0:
+            raise GqaError("--heads is not understood", got=repr(heads), allowed="at least 1 query head")
         if given and kv_heads:
             raise GqaError("the KV heads are given twice", got=f"--heads {heads} and --kv-heads {kv_heads}")
     else:
         if shape.is_latent:
             raise GqaError(f"{shape.name} uses latent attention, which has no KV heads", allowed="grouped attention")
         query_heads = shape.query_heads
-    choices = kv_head_choices(query_heads) if query_heads else ()
+    choices = kv_head_choices(query_heads)
     wanted = given or (parse_kv_heads(kv_heads) if kv_heads else sorted(choices, reverse=True))
     for setting in wanted:
         if shape:

@@ -1,0 +1,166 @@
+"""`gqa bench` as a user meets it, on shapes that take no time."""
+
+import json
+from typing import Any
+
+import pytest
+from helpers.checkpoints import tiny_config, write_checkpoint
+
+from gqa.bench import machine
+from gqa.bench.kernels import OURS, TORCH
+from gqa.cli.main import main
+
+SMALL = ("--context", "63", "--repeats", "2", "--impl", "reference")
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch):
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(machine, "MATRIX_SHAPES", ((32, 32, 32),))
+    monkeypatch.setattr(machine, "REPEATS", 1)
+    monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 1 << 14)
+
+
+@pytest.fixture
+def bench(capsys):
+    """Runs `gqa bench ...` and gives (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", *arguments])
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out, printed.err
+
+    return run
+
+
+def read(out) -> dict[str, Any]:
+    return json.loads(out)
+
+
+def test_json_is_one_record(bench):
+    code, out, err = bench("--heads", "8", "--head-dim", "16", "--dtype", "fp32", "--json", *SMALL)
+    assert code == 0
+    assert "attention: 4/4" in err
+    document = read(out)
+    assert document["command"] == "bench"
+    assert document["inputs"]["context_tokens"] == 63
+    assert set(document["inputs"]) >= {"commit", "dtype", "impl", "repeats", "model", "layers"}
+    assert {"torch", "numpy", "numba"} <= set(document["versions"])
+    machine = document["results"]["machine"]
+    assert machine["read_bytes_per_second"] > 0
+    assert machine["fp32_flops_per_second"] > 0
+    assert machine["threads"] >= 1
+    rows = document["results"]["attention"]
+    assert [(row["kv_heads"], row["contender"]) for row in rows] == [
+        (kv_heads, name) for kv_heads in (8, 4, 2, 1) for name in (OURS, *TORCH)
+    ]
+    assert document["results"]["generation"] == []
+    for row in rows:
+        assert row["status"] == "timed"
+        assert row["seconds_p20"] <= row["seconds_p50"] <= row["seconds_p80"]
+        unexplained = [
+            name
+            for name, value in row.items()
+            if isinstance(value, float) and document["basis"].get(name) not in ("measured", "predicted")
+        ]
+        assert not unexplained
+
+
+def test_the_table(bench):
+    code, out, _ = bench("--heads", "8/2", "--head-dim", "16", *SMALL)
+    assert code == 0
+    lines = out.splitlines()
+    assert "GB/s" in lines[0]
+    assert "(measured)" in lines[0]
+    assert lines[2] == ("Attention of 8 query heads of 16, batch 1, bf16: one token per sequence, 63 keys (measured)")
+    header, row, blank = lines[3:6]
+    assert all(title in header for title in ("KV heads", "of roofline", "of limit", "torch enable_gqa", "torch folded"))
+    assert row.startswith("2 ")
+    assert "7.88 KiB" in row  # 63 keys * 2 heads * 2 * 16 * 2 bytes
+    assert row.count("x") >= 2
+    assert blank == ""
+    assert sum(line.startswith("- ") for line in lines) == 3
+
+
+def test_prefill_and_int8(bench):
+    _, out, _ = bench("--heads", "4/2", "--head-dim", "16", "--prefill", "--json", *SMALL)
+    rows = read(out)["results"]["attention"]
+    assert {row["query_tokens"] for row in rows} == {63}
+    assert [row["status"] for row in rows] == ["timed", "timed", "unserved"]
+    _, out, _ = bench("--heads", "4/2", "--head-dim", "16", "--dtype", "int8", *SMALL)
+    assert "unserved" in out
+    assert "reference" in out
+
+
+def test_an_implementation_that_cannot_serve_is_said(bench):
+    code, out, _ = bench("--heads", "4/2", "--head-dim", "16", "--dtype", "int8", *SMALL, "--impl", "sdpa")
+    assert code == 0
+    assert "gqa at 2 KV heads is unserved:" in out
+
+
+def test_a_bundled_shape_has_kernel_rows_only(bench):
+    code, out, err = bench("qwen2.5-0.5b", "--kv-heads", "2", "--json", *SMALL)
+    assert code == 0
+    rows = read(out)["results"]["attention"]
+    assert {(row["query_heads"], row["kv_heads"], row["head_dim"], row["dtype"]) for row in rows} == {
+        (14, 2, 64, "bf16")
+    }
+    assert read(out)["results"]["generation"] == []
+    assert "no weights here" not in err  # a hint for readers of the table
+    _, _, err = bench("qwen2.5-0.5b", "--kv-heads", "2", *SMALL)
+    assert "gqa bench qwen2.5-0.5b --layers 4" in err
+
+
+def test_a_folder_with_weights_runs_end_to_end(bench, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", tiny_config(num_key_value_heads=2))
+    code, out, _ = bench(str(folder), "--kv-heads", "2", *SMALL)
+    assert code == 0
+    assert "A model of 3 layers, float32, batch 1 (measured)" in out
+    assert "transformers default" in out
+    assert "random" in out.split("A model of")[1]  # the keys and values are
+    assert "weights are random" not in out
+
+
+def test_layers_of_a_shape_with_random_weights(bench, tmp_path):
+    write_checkpoint(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.unlink()
+    code, out, err = bench(
+        str(tmp_path / "model"), "--kv-heads", "2", "--layers", "1", "--dtype", "bf16", "--json", *SMALL
+    )
+    assert code == 0
+    assert "with random weights" in err
+    document = read(out)
+    rows = document["results"]["generation"]
+    assert [(row["contender"], row["layers"], row["dtype"]) for row in rows] == [
+        (OURS, 1, "bfloat16"),
+        ("transformers default", 1, "bfloat16"),
+    ]
+    assert any("weights are random" in sentence for sentence in document["assumptions"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--heads", "8/3"], "3 KV heads do not divide 8 query heads"),
+        (["--heads", "many"], "--heads is not understood"),
+        (["--heads", "0"], "--heads is not understood"),
+        (["--heads", "8/2", "--kv-heads", "2"], "given twice"),
+        (["--head-dim", "0"], "head_dim must be positive"),
+        (["--context", "0"], "a token count is not understood"),
+        (["--dtype", "fp8"], "an unknown dtype"),
+        (["--layers", "2"], "--layers goes with a MODEL"),
+        (["llama-3-8b", "--heads", "8"], "MODEL gives the heads"),
+        (["llama-3-8b", "--kv-heads", "3"], "3 KV heads do not divide 32 query heads"),
+        (["llama-3-8b", "--layers", "33"], "has 32 layers"),
+        (["llama-3-8b", "--layers", "1", "--dtype", "int8"], "fp32, bf16 or fp16"),
+        (["deepseek-v3"], "latent attention"),
+        (["lama"], "an unknown model"),
+    ],
+)
+def test_wrong_questions_leave_2(bench, arguments, says):
+    code, out, err = bench(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert says in err
