@@ -17,8 +17,8 @@ def script() -> Any:
     def load(name: str) -> ModuleType:
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(SCRIPTS)
-            for name in ("OMP_WAIT_POLICY", "JAX_PLATFORMS"):  # cpu.py sets them for its own process
-                patch.setenv(name, "")
+            for variable in ("OMP_WAIT_POLICY", "JAX_PLATFORMS"):  # cpu.py sets them for its own process
+                patch.setenv(variable, "")
             return importlib.import_module(name)
 
     return load
