@@ -1,6 +1,7 @@
 """Streaming text from a model: the pieces, the figures, and the ways it ends."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import gqa
 from gqa.errors import GqaError
-from gqa.model.generate import Sampling, check_device, encode_prompt, generate, use_attention
+from gqa.model.generate import Sampling, _Stream, check_device, encode_prompt, generate, use_attention
 from gqa.text import load_tokenizer
 
 DRAWN = Sampling(temperature=1.0, seed=3)
@@ -36,6 +37,38 @@ def test_pieces_come_one_by_one_and_make_the_text(parent):
     assert result.seconds_to_first_token is not None
     assert result.tokens_per_second is not None
     assert min(result.seconds_to_first_token, result.tokens_per_second) > 0
+
+
+def streamed(tokenizer, tokens):
+    """The pieces of a text whose tokens come one by one behind a prompt."""
+    pieces = []
+    stream = _Stream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[5, 6]]))
+    for token in tokens:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    return pieces
+
+
+def test_characters_of_several_tokens_come_whole(parent):
+    _, tokenizer = parent
+    text = "né 日本 x"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens) > len(text)  # bytes
+    pieces = streamed(tokenizer, tokens)
+    assert "".join(pieces) == text
+    assert {"é", "日", "本"} < set(pieces)
+    assert streamed(tokenizer, tokens[:-3])[-1] == "\N{REPLACEMENT CHARACTER}"  # cut amid a character
+
+
+def test_a_tokenizer_that_writes_the_first_word_differently():
+    class Words:
+        """Like SentencePiece's: the space before a word is not written at the beginning."""
+
+        def decode(self, tokens, skip_special_tokens):
+            return " ".join(f"word{token}" for token in tokens)
+
+    assert streamed(Words(), [1, 2, 3]) == ["word1", " word2", " word3"]
 
 
 def test_greedy_is_what_transformers_says(parent):
@@ -148,6 +181,8 @@ def test_mistakes(parent):
     model, tokenizer = parent
     with pytest.raises(GqaError, match="no tokens"):
         encode_prompt(tokenizer, "")
+    with pytest.raises(GqaError, match="not text"):
+        encode_prompt(tokenizer, os.fsdecode(b"a\xffb"))
     with pytest.raises(GqaError, match="not positive"):
         generate(model, tokenizer, torch.ones(1, 2, dtype=torch.int64), max_tokens=0)
     with pytest.raises(GqaError, match="does not generate"):

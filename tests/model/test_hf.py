@@ -1,52 +1,15 @@
-"""What stands between transformers' models and the op: the mask, and the keys and values of each cache."""
+"""What stands between transformers' models and the op."""
 
 import pytest
 import torch
 from helpers.served import WINDOW, greedy, prompts, served_model
 from transformers import JambaConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
-from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
 import gqa
 from gqa.cache.stored import Stored
 from gqa.errors import GqaError
 from gqa.model import hf
-
-
-def mask_of(*, tokens, keys, seen, **options):
-    """The mask for queries that follow on `seen` tokens, of which the last `keys - tokens` are kept."""
-    return hf.attention_mask(
-        batch_size=2, q_length=tokens, kv_length=keys, q_offset=seen, kv_offset=seen + tokens - keys, **options
-    )
-
-
-def test_a_single_query_that_sees_every_key_needs_no_mask():
-    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
-    assert mask_of(tokens=1, keys=20, seen=19) is None
-    assert mask_of(tokens=1, keys=WINDOW, seen=19, **window) is None
-    hidden = mask_of(tokens=1, keys=WINDOW + 1, seen=19, **window)
-    assert hidden is not None
-    assert hidden.shape == (2, 1, 1, WINDOW + 1)
-    assert hidden[1, 0, 0].tolist() == [False] + [True] * WINDOW
-
-
-def test_masks_that_hide_a_key_stay():
-    padding = torch.ones(2, 20, dtype=torch.bool)
-    assert mask_of(tokens=1, keys=20, seen=19, attention_mask=padding) is None
-    padding[1, :3] = False
-    masked = mask_of(tokens=1, keys=20, seen=19, attention_mask=padding)
-    assert masked is not None
-    assert torch.equal(masked[:, 0, 0], padding)
-    chunk = {"mask_function": chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64)), "local_size": 8}
-    chunked = mask_of(tokens=1, keys=8, seen=19, **chunk)  # position 19 is the fourth of its chunk
-    assert chunked is not None
-    assert chunked[0, 0, 0].tolist() == [False] * 4 + [True] * 4
-
-
-def test_a_caller_that_wants_a_mask_gets_one():
-    mask = mask_of(tokens=1, keys=20, seen=19, allow_is_causal_skip=False)
-    assert mask is not None
-    assert bool(mask.all())
 
 
 def test_paged_keys_are_read_in_place_behind_a_mask():

@@ -50,7 +50,6 @@ def test_the_same_greedy_tokens_with_every_cache(name, padded, impl):
         assert torch.equal(greedy(model, prompts(padded), **options(model.config)), eager_tokens(name, padded)), cache
 
 
-@pytest.mark.skipif("cpu" not in IMPLEMENTATIONS, reason="the kernels are not there")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt-oss-sinks-window"])
 def test_auto_runs_the_kernels(name, monkeypatch):
     """What the fixture above names is what a user gets who names nothing."""

@@ -82,8 +82,13 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> torch.Tensor:
     """Token ids (1, T) of a prompt; with `chat`, as a user's turn in the model's own chat template.
 
-    Raises GqaError for a prompt without tokens, and with `chat` for a model without a template or with a broken one.
+    Raises GqaError for a prompt that is not text or has no tokens, and with `chat` for a model without a template or
+    with a broken one.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python lets bytes that are not UTF-8 through from the command line
+        raise GqaError("the prompt is not text", got=str(error), allowed="UTF-8") from None
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise GqaError("this model has no chat template", hint="leave out --chat")

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from gqa.cache.stored import Stored
 from gqa.errors import GqaError
 from gqa.model import default_cache
 from gqa.model.cache import GqaCache, GqaCacheLayer
+from gqa.model.mask import attention_mask, plain
 from gqa.ops.api import attention
 
 __all__ = ["NAME", "GqaCache", "GqaCacheLayer", "attention_forward", "attention_mask", "register"]
@@ -40,21 +40,6 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
     default_cache.install(NAME)
-
-
-def attention_mask(*args: Any, allow_is_causal_skip: bool = True, **options: Any) -> torch.Tensor | None:
-    """transformers' mask interface: a boolean mask (B, 1, T, S), or None where `attention_forward` needs none.
-
-    It is transformers' own for SDPA, which knows padding, windows, chunks, static caches and packed position_ids, and
-    says None where the rest can be told from the shapes. One None is added, for a single query that sees every key,
-    as behind a window that is full: to find out takes microseconds once per step and saves the mask in every layer.
-    """
-    mask = sdpa_mask(*args, allow_is_causal_skip=allow_is_causal_skip, **options)
-    if mask is None or mask.shape[2] > 1 or not allow_is_causal_skip:
-        return mask
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():  # reading it would wait for the GPU, break a graph
-        return mask
-    return None if mask.all() else mask
 
 
 def attention_forward(
@@ -85,21 +70,21 @@ def attention_forward(
             raise GqaError(f"the op does not take transformers' `{name}`", hint='use attn_implementation="sdpa"')
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _as_under_autocast(query, key, value)
-    extent: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if attention_mask is None:
+        # No mask means: one query sees all keys; several are causal from the first key on, which covers S == T as well
+        # as the prefill of a cache with room for more, whose keys after the first T are still empty.
+        if query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            options = {"causal": True, "q_start": 0}
+    elif (known := plain(attention_mask)) is not None:
+        assert isinstance(key, Stored) or attention_mask.shape[3] == key.shape[2]
+        attention_mask = None
+        options = {"causal": known.q_start is not None, "q_start": known.q_start, "kv_starts": known.kv_starts}
     if isinstance(key, Stored):
         assert isinstance(value, Stored)
-        key, value, attention_mask, extent = _read(key, value, attention_mask)
+        key, value, attention_mask = _read(key, value, attention_mask, options)
     assert isinstance(value, torch.Tensor)
-
-    # No mask means: one query sees all keys; several are causal from the first key on, which covers S == T as well
-    # as the prefill of a cache with room for more, whose keys after the first T are still empty.
-    causal = attention_mask is None and query.shape[2] > 1
-    if causal:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = attention(
-        query, key, value, causal=causal, q_start=0 if causal else None, scale=scaling, softcap=softcap,
-        mask=attention_mask, sinks=s_aux, **extent,
-    )  # fmt: skip
+    out = attention(query, key, value, scale=scaling, softcap=softcap, mask=attention_mask, sinks=s_aux, **options)
     return out.transpose(1, 2).contiguous(), None  # for one query this moves nothing
 
 
@@ -116,16 +101,17 @@ def _as_under_autocast(
 
 
 def _read(
-    key: Stored, value: Stored, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]]:
-    """The tensors of stored keys and values, the mask as wide as they are, and the op's options that go with them."""
-    tokens = key.data.shape[2] if key.block_table is None else key.data.shape[2] * key.block_table.shape[1]
-    if mask is not None and mask.shape[3] < tokens:
-        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[3]))  # False: the room behind the last key
-    extent = {
+    key: Stored, value: Stored, mask: torch.Tensor | None, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tensors of stored keys and values, and the mask as wide as they are; what goes with them joins the options
+    of the op."""
+    options |= {
         "k_scale": key.scale,
         "v_scale": value.scale,
         "block_table": key.block_table,
         "kv_lengths": key.lengths,
     }
-    return key.data, value.data, mask, extent
+    tokens = key.data.shape[2] if key.block_table is None else key.data.shape[2] * key.block_table.shape[1]
+    if mask is not None and mask.shape[3] < tokens:
+        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[3]))  # False: the room behind the last key
+    return key.data, value.data, mask

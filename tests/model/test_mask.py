@@ -1,0 +1,116 @@
+"""Masks of transformers' models: when there is none, and when it is told in the op's own terms."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.served import PROMPT_TOKENS, WINDOW, eager_tokens, greedy, prompts, served_model
+from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+
+import gqa
+from gqa.model import hf
+from gqa.model.mask import attention_mask, plain
+
+
+def mask_of(*, tokens: int, keys: int, seen: int, **options: Any) -> Any:
+    """The mask for queries that follow on `seen` tokens, of which the last `keys - tokens` are kept."""
+    return attention_mask(
+        batch_size=2, q_length=tokens, kv_length=keys, q_offset=seen, kv_offset=seen + tokens - keys, **options
+    )
+
+
+def noted(mask):
+    known = plain(mask)
+    assert known is not None
+    return known.kv_starts.tolist(), known.q_start
+
+
+def test_a_single_query_that_sees_every_key_needs_no_mask():
+    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+    assert mask_of(tokens=1, keys=20, seen=19) is None
+    assert mask_of(tokens=1, keys=WINDOW, seen=19, **window) is None
+    padding = torch.ones(2, 20, dtype=torch.bool)
+    assert mask_of(tokens=1, keys=20, seen=19, attention_mask=padding) is None
+    padding[:, :3] = False
+    assert mask_of(tokens=1, keys=WINDOW, seen=19, attention_mask=padding, **window) is None  # it has left the window
+
+
+def test_what_is_hidden_in_front_is_noted():
+    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+    mask = mask_of(tokens=1, keys=WINDOW + 1, seen=19, **window)
+    assert noted(mask) == ([1, 1], None)
+    assert mask[1, 0, 0].tolist() == [False] + [True] * WINDOW
+
+    padding = torch.ones(2, 20, dtype=torch.bool)
+    padding[1, :3] = False
+    mask = mask_of(tokens=1, keys=20, seen=19, attention_mask=padding)
+    assert noted(mask) == ([0, 3], None)
+    assert torch.equal(mask[:, 0, 0], padding)
+
+    mask = mask_of(tokens=20, keys=20, seen=0, attention_mask=padding)
+    assert noted(mask) == ([0, 3], 0)
+    assert torch.equal(mask, padding[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril())
+    later = mask_of(tokens=6, keys=20, seen=14, attention_mask=padding)
+    assert noted(later) == ([0, 3], 14)
+    assert torch.equal(later, mask[:, :, 14:])
+
+
+def test_no_other_pattern_is_noted():
+    padding = torch.ones(2, 20, dtype=torch.bool)
+    padding[0, 5] = False
+    behind = torch.ones(2, 20, dtype=torch.bool)
+    behind[0, -2:] = False
+    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+    left = torch.ones(2, 20, dtype=torch.bool)
+    left[0, :2] = False
+    for mask in (
+        mask_of(tokens=1, keys=20, seen=19, attention_mask=padding),
+        mask_of(tokens=20, keys=20, seen=0, attention_mask=padding),
+        mask_of(tokens=20, keys=20, seen=0, attention_mask=behind),
+        mask_of(tokens=20, keys=20, seen=0, attention_mask=left, **window),
+        mask_of(tokens=20, keys=20, seen=0, attention_mask=left, allow_is_causal_skip=False),
+        mask_of(tokens=6, keys=20, seen=14),
+        # a static cache: places behind the last token
+        attention_mask(2, 1, 20, torch.tensor(9), attention_mask=torch.arange(20).expand(2, 20) < 10),
+        attention_mask(2, 6, 20, torch.tensor(0), attention_mask=left),
+        attention_mask(2, 6, 20, 0, attention_mask=left),
+    ):
+        assert mask is not None
+        assert not mask.all()
+        assert plain(mask) is None
+    assert plain(None) is None
+
+
+def test_a_changed_mask_has_no_note():
+    padding = torch.ones(2, 20, dtype=torch.bool)
+    padding[1, :3] = False
+    mask = mask_of(tokens=1, keys=20, seen=19, attention_mask=padding)
+    for changed in (mask & True, mask[..., 1:], mask.clone(), ~mask):
+        assert plain(changed) is None
+
+
+def test_chunks_that_hide_keys_in_front():
+    chunk = {"mask_function": chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64)), "local_size": 8}
+    chunked = mask_of(tokens=1, keys=8, seen=19, **chunk)  # position 19 is the fourth of its chunk
+    assert noted(chunked) == ([4, 4], None)
+    assert chunked[0, 0, 0].tolist() == [False] * 4 + [True] * 4
+
+
+def test_a_caller_that_wants_a_mask_gets_one():
+    mask = mask_of(tokens=1, keys=20, seen=19, allow_is_causal_skip=False)
+    assert mask is not None
+    assert bool(mask.all())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt-oss-sinks-window"])
+def test_masks_reach_the_op_only_where_a_prompt_meets_a_window(name, monkeypatch):
+    masked = []
+
+    def spy(query, *args, mask=None, **options):
+        masked.append(query.shape[2] if mask is not None else 0)
+        return gqa.attention(query, *args, mask=mask, **options)
+
+    monkeypatch.setattr(hf, "attention", spy)
+    assert torch.equal(greedy(served_model(name, "gqa"), prompts()), eager_tokens(name, True))
+    windows = {"llama-gqa": 0, "mistral-window": 2, "gpt-oss-sinks-window": 1}[name]
+    assert [tokens for tokens in masked if tokens] == [PROMPT_TOKENS] * windows
