@@ -5,6 +5,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from helpers.models import tiny_llama
 
 from gqa.bench import machine
 from gqa.bench.kernels import OURS, TORCH
@@ -86,6 +88,30 @@ def test_rows_of_another_commit_are_not_mixed(cpu, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match="is of commit 0123456789ab"):
         cpu.main(arguments(path, "--append"))
     capsys.readouterr()
+
+
+def test_generation_rows_are_measured_once(script, tmp_path, monkeypatch, capsys):
+    module = script("cpu")
+    built = []
+
+    def small_model(config, dtype):
+        built.append((config["num_hidden_layers"], dtype))
+        return tiny_llama(dtype=dtype)
+
+    monkeypatch.setattr(module, "random_model", small_model)
+    run = module.Run(tmp_path / "cpu.json", {"model": "llama-3.2-1b"}, {}, {})
+    for _ in range(2):
+        module.time_generation(run, (5, 20), ("fp32", "bf16"), layers=4, repeats=1)
+    assert built == [(4, torch.float32), (4, torch.bfloat16)]
+    rows = read_record(run.path).results["generation"]
+    assert [(row["dtype"], row["context_tokens"]) for row in rows if row["contender"] == OURS] == [
+        ("float32", 5), ("float32", 20), ("bfloat16", 5), ("bfloat16", 20)
+    ]  # fmt: skip
+    assert all(row["status"] == "timed" for row in rows)
+    assert "fp32 20 transformers default: " in capsys.readouterr().err
+    table = script("tables")._table(script("tables")._generation_lines(rows))
+    assert table.count("per token") == 8
+    assert table.splitlines()[0] == "| model | context | gqa | transformers default | faster |"
 
 
 def test_tables_of_wrong_and_slow_rows(script):

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Probe:
 
     name: str
     amount: int
-    run: Callable[[], object]
+    run: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
