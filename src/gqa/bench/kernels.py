@@ -89,12 +89,12 @@ def measure(
         "roofline_seconds": problem.roofline_seconds(read, sgemm),
         "limit_seconds": problem.roofline_seconds(read, max(sgemm, multiply)),
     }
-    ours = timed.get(OURS)
+    mine = timed.get(OURS)
     return [
         describe(problem)
         | {"contender": name}
         | row
-        | (rates | figures(timed[name], rates, ours) | {"cold_caches": cold} if name in ready else {})
+        | (rates | figures(timed[name], rates, mine) | {"cold_caches": cold} if name in ready else {})
         for name, row in rows.items()
     ]
 
@@ -104,8 +104,8 @@ def describe(problem: Problem) -> dict[str, Any]:
     return dataclasses.asdict(problem) | {"kv_bytes": problem.kv_bytes, "flops": problem.flops}
 
 
-def figures(seconds: Seconds, rates: Mapping[str, float], ours: Seconds | None) -> dict[str, Any]:
-    """What is told of one timed contender."""
+def figures(seconds: Seconds, rates: Mapping[str, float], mine: Seconds | None) -> dict[str, Any]:
+    """What is told of one timed contender, beside `mine`, our own times."""
     return {
         "seconds_p20": seconds.p20,
         "seconds_p50": seconds.p50,
@@ -113,7 +113,7 @@ def figures(seconds: Seconds, rates: Mapping[str, float], ours: Seconds | None) 
         "repeats": seconds.repeats,
         "fraction_of_roofline": rates["roofline_seconds"] / seconds.p50,
         "fraction_of_limit": rates["limit_seconds"] / seconds.p50,
-        "times_of_gqa": None if ours is None else seconds.p50 / ours.p50,
+        "times_of_gqa": None if mine is None else seconds.p50 / mine.p50,
     }
 
 
