@@ -30,7 +30,7 @@ from peers import LIBRARIES, ours_in_bf16, peers
 from rows import CONTEXTS, MODEL, MODEL_DTYPES, MODEL_LAYERS, full, headline
 from tables import markdown
 
-from gqa.bench.generation import measure_generation, random_model
+from gqa.bench.generation import DEFAULT, generation_rows, random_model
 from gqa.bench.kernels import OURS, Contender, describe, measure, ours
 from gqa.bench.machine import Limits, measure_limits
 from gqa.bench.problem import TORCH_DTYPES, Problem
@@ -40,6 +40,7 @@ from gqa.record import Record, describe_machine, read_record
 from gqa.source import open_source
 
 COMMAND = "benchmark cpu"
+STEPS = 8  # of a model: tenths of a second each
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -57,9 +58,9 @@ class Run:
     def has(self, problem: Problem) -> bool:
         return any(_same(row, describe(problem)) for row in self.attention)
 
-    def has_generation(self, dtype: str) -> bool:
+    def has_generation(self, dtype: str, context: int) -> bool:
         name = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-        return any(row["dtype"] == name for row in self.generation)
+        return any((row["dtype"], row["context_tokens"]) == (name, context) for row in self.generation)
 
     def write(self) -> Record:
         results = {
@@ -115,16 +116,17 @@ def time_attention(
 def time_generation(run: Run, contexts: Sequence[int], dtypes: Sequence[str], layers: int, repeats: int) -> None:
     source = open_source(run.inputs["model"])
     for dtype in dtypes:
-        if run.has_generation(dtype):
+        missing = [context for context in contexts if not run.has_generation(dtype, context)]
+        if not missing:
             continue
         model = random_model(shallow_config(source.config, layers, source.name), TORCH_DTYPES[dtype])
-        rows = measure_generation(model, contexts, repeats=repeats)
-        run.generation += rows
-        run.write()
-        for row in rows:
-            print(
-                f"{dtype} {row['context_tokens']} {row['contender']}: {row.get('tokens_per_second')}", file=sys.stderr
-            )
+        for row in generation_rows(model, missing, repeats=repeats):
+            run.generation.append(row)
+            if row["contender"] == DEFAULT:  # the second of a context's two rows
+                run.write()
+            rate = row.get("tokens_per_second")
+            took = row["status"] if rate is None else f"{rate:.3g} tokens per second"
+            print(f"{dtype} {row['context_tokens']} {row['contender']}: {took}", file=sys.stderr, flush=True)
 
 
 def name_of(problem: Problem) -> str:
@@ -180,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders = {OURS: ours(inputs["impl"]), **found}
     time_attention(run, problems, contenders, limits, inputs["repeats"], inputs["budget"])
     if "generation".startswith(inputs["only"]):
-        time_generation(run, CONTEXTS, MODEL_DTYPES, MODEL_LAYERS, inputs["repeats"])
+        time_generation(run, CONTEXTS, MODEL_DTYPES, MODEL_LAYERS, min(inputs["repeats"], STEPS))
     print(markdown(run.write()))
     print(f"wrote {path}", file=sys.stderr)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,17 +64,23 @@ def measure_generation(
     (`timed` or `wrong`), and where timed seconds_per_token_p20, _p50, _p80, tokens_per_second, repeats, times_of_gqa.
     Raises GqaError for counts below 1 and other dtypes than fp32, bf16 and fp16.
     """
+    return list(generation_rows(model, contexts, repeats=repeats, progress=progress))
+
+
+def generation_rows(
+    model: Any, contexts: Sequence[int], *, repeats: int = REPEATS, progress: Progress = silent
+) -> Iterator[dict[str, Any]]:
+    """The rows of `measure_generation`, each context's as soon as it is measured."""
     if model.dtype not in _WIDER:
         raise GqaError("a model of this dtype is not timed", got=model.dtype, allowed="fp32, bf16, fp16")
     hf.register()
     ours = sharing_copy(model, "gqa")
     default = sharing_copy(model, default_implementation(model))
     exact = copy.deepcopy(default).to(_WIDER[model.dtype])
-    rows = []
     for context in contexts:
         with evaluating(ours), evaluating(default), evaluating(exact):
-            rows += _measure_at(context, ours, default, exact, repeats, progress)
-    return rows
+            rows = _measure_at(context, ours, default, exact, repeats, progress)
+        yield from rows
 
 
 def _measure_at(
