@@ -1,6 +1,6 @@
 """Attention on this machine's CPU against every installed peer, and against what the machine could do.
 
-    python benchmarks/cpu.py                 the rows behind the claims, about five minutes on 2 cores
+    python benchmarks/cpu.py                 the rows behind the claims, some eight minutes on 2 cores
     python benchmarks/cpu.py --rows full     every shape, hours
     python benchmarks/cpu.py --append        go on with a run that was stopped, or add rows to it
 
