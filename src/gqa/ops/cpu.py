@@ -14,7 +14,7 @@ from gqa.ops.cpu_forward import MAX_ROWS, SCRATCH_BYTES, Job
 from gqa.ops.simd import VECTOR_BYTES, WIDTH
 from gqa.ops.tiles import GROUP
 
-AHEAD_BYTES = 16 << 10  # of K, and of V, are on their way from memory at decode
+AHEAD_BYTES = 24 << 10  # of K, and of V, are on their way from memory at decode
 AHEAD_ROWS = 32  # query rows of a tile up to which memory, not arithmetic, takes the time
 TILE_ROWS = 64  # query rows of a tile where there are many
 SERIAL_WORK = 1 << 20  # multiplications below which waking threads costs more than they save

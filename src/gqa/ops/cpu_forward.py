@@ -55,6 +55,7 @@ from gqa.ops.tiles import (
     STAGE,
     STAGE_BYTES,
     product_columns,
+    product_columns_of,
     product_rows,
     product_rows_shared,
     stage_row,
@@ -63,8 +64,9 @@ from gqa.ops.tiles import (
 )
 
 MAX_ROWS = 128  # query rows of a tile
-MOST_KEYS = 512  # keys of one step of the online softmax, at most; fewer for many rows, whose scores have to stay near
-SCORE_FLOATS = 16 * 1024
+MOST_KEYS = 2048  # keys of one step of the online softmax, at most; fewer for many rows, whose scores have to stay near
+SCORE_FLOATS = 8 * 1024
+DIRECT_ROWS = 16
 FEW_ROWS = 2  # as many rows leave a key so little arithmetic that only memory counts
 
 LOG2_E = np.float32(math.log2(math.e))
@@ -399,6 +401,21 @@ def merge(kind, job, unit, sequence, head, first, rows, vectors):
         finish_row(kind, job, sequence, head, first + row, place + 8, vectors, total, highest)
 
 
+@jit
+def scale_weights(job, sequence, head, key, count, padded, weights):
+    """Probabilities times the scales of int8 values."""
+    for i in range(count):
+        place = row_address(
+            job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
+        )
+        factor = load_scalar(FP32, place)
+        if i == 0:
+            prefetch(place + job.ahead * job.v_scale_token)
+        for row in range(padded):
+            weight = weights + 4 * (i * padded + row)
+            store_scalar(FP32, weight, load_scalar(FP32, weight) * factor)
+
+
 @inline
 def lines_per_step(size, steps):
     return (size // 64 + steps - 1) // steps
@@ -442,14 +459,19 @@ def run_task(q_kind, kv_kind, job, task, here):
                 place = sequence * job.mask_batch + query * job.mask_head + token * job.mask_token
                 store_int(here + MASK_ROW + 8 * row, place)
 
-    # Cache lines to ask for ahead of time: where a key costs little arithmetic, while its row is staged; else at each
-    # step of the products, which otherwise leave the memory idle.
-    staged = job.ahead if rows <= FEW_ROWS else 0
+    # Cache lines to ask for ahead of time: V's, and K's where a row takes longer to arrive than to multiply, at each
+    # step of the products, which otherwise leave the memory idle; else K's while rows are staged.
+    staged = job.ahead if rows <= FEW_ROWS or size_of(kv_kind) < 4 else 0
     key_lines = value_lines = 0
-    if job.ahead and rows > FEW_ROWS:
+    if job.ahead:
         size = GROUP * size_of(kv_kind)
-        key_lines = lines_per_step(size * job.head_dim, steps_of_rows(job.head_dim, vectors, terms))
+        if staged == 0:
+            key_lines = lines_per_step(size * job.head_dim, steps_of_rows(job.head_dim, vectors, terms))
         value_lines = lines_per_step(size * job.v_head_dim, steps_of_columns(rows, columns))
+    # Few rows of queries are not worth staging V for: its rows are multiplied where they lie.
+    direct = rows <= DIRECT_ROWS and job.v_head_dim % WIDTH == 0
+    if job.table:
+        direct = direct and job.page_tokens % GROUP == 0 and begin % GROUP == 0
 
     block = min(MOST_KEYS, SCORE_FLOATS // padded // GROUP * GROUP)
     for key in range(begin, end, block):
@@ -477,15 +499,22 @@ def run_task(q_kind, kv_kind, job, task, here):
                     store(here + SUMS + place, load(here + SUMS + place) * shrink)
         for group in range(0, count, GROUP):
             some = min(GROUP, count - group)
-            stage_values(kv_kind, job, sequence, head, key + group, some, staged, here)
-            ahead = 0
-            if value_lines:
+            weights, sums = here + SCORES + 4 * group * padded, here + SUMS
+            if direct:
+                source = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, key + group)
                 soon = min(key + group + job.ahead, end - 1)
                 ahead = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, soon)
-            weights, sums, values = here + SCORES + 4 * group * padded, here + SUMS, here + V_STAGE
-            product_columns(
-                sums, STAGE_BYTES, weights, 4 * padded, values, STAGE_BYTES, some, rows, columns, ahead, value_lines
-            )
+                if size_of(kv_kind) == 1:
+                    scale_weights(job, sequence, head, key + group, some, padded, weights)
+                product_columns_of(
+                    kv_kind, sums, STAGE_BYTES, weights, 4 * padded, source, job.v_token, some, rows, columns,
+                    ahead, value_lines,
+                )  # fmt: skip
+            else:
+                stage_values(kv_kind, job, sequence, head, key + group, some, staged, here)
+                product_columns(
+                    sums, STAGE_BYTES, weights, 4 * padded, here + V_STAGE, STAGE_BYTES, some, rows, columns
+                )
 
     if terms > 1:
         store(here + TOTAL, across(load(here + TOTAL), padded, False))

@@ -537,29 +537,30 @@ def scale_rows(typing: Any, tile: Any, factors: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def rank_one(typing: Any, tile: Any, a: Any, step: Any, b: Any) -> Any:
+def rank_one(typing: Any, kind: Any, tile: Any, a: Any, step: Any, b: Any) -> Any:
     """tile[i][j] += a[i * step] * b[j]: the one step of every matrix product here.
 
-    a: address of float32 scalars, `step` (a literal) apart; b: address of a row of vectors.
+    a: address of float32 scalars, `step` (a literal) apart; b: address of a row of numbers of a kind.
     """
     if not isinstance(step, types.IntegerLiteral):
         return None
     apart = 4 * step.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, a, _, b = arguments
-        rows, columns = signature.args[0].count, signature.args[0].dtype.count
-        row = [_load_vector(builder, FP32, builder.add(b, ir.IntType(64)(j * VECTOR_BYTES))) for j in range(columns)]
+        _, tile, a, _, b = arguments
+        stored = signature.args[0].kind
+        rows, columns = signature.args[1].count, signature.args[1].dtype.count
+        vector_bytes = stored.size * WIDTH
+        row = [_load_vector(builder, stored, builder.add(b, ir.IntType(64)(j * vector_bytes))) for j in range(columns)]
         for i in range(rows):
             scalar = builder.load(_pointer(builder, builder.add(a, ir.IntType(64)(i * apart)), _F32))
             factor = _splat(builder, scalar)
             for j in range(columns):
-                tile = builder.insert_value(
-                    tile, _call(builder, "fma", factor, row[j], _read(builder, tile, i, j)), [i, j]
-                )
+                total = _call(builder, "fma", factor, row[j], _read(builder, tile, i, j))
+                tile = builder.insert_value(tile, total, [i, j])
         return tile
 
-    return tile(tile, types.int64, step, types.int64), code
+    return tile(kind, tile, types.int64, step, types.int64), code
 
 
 @intrinsic(prefer_literal=True)

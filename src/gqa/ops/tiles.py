@@ -41,6 +41,12 @@ WIDE = REGISTERS == 32  # 16 sums in registers at once; else 8
 
 
 @inline
+def _stage_vector(kind, source, target, factor):
+    vector = load_as(kind, source)
+    store(target, vector * splat(factor) if size_of(kind) == 1 else vector)
+
+
+@inline
 def stage_row(kind, source, columns, target, factor, ahead=0):
     """One row of numbers to float32; columns up to the next multiple of WIDTH become 0. int8 is times `factor`.
 
@@ -48,13 +54,15 @@ def stage_row(kind, source, columns, target, factor, ahead=0):
     """
     size = size_of(kind)
     whole = columns - columns % WIDTH
-    for column in range(0, whole, WIDTH):
-        if ahead and column * size % 64 == 0:
-            prefetch(source + column * size + ahead)
-        vector = load_as(kind, source + column * size)
-        if size == 1:
-            vector = vector * splat(factor)
-        store(target + 4 * column, vector)
+    fours = columns - columns % (4 * WIDTH)
+    for column in range(0, fours, 4 * WIDTH):
+        if ahead:
+            for line in range(0, 4 * WIDTH * size, 64):
+                prefetch(source + column * size + ahead + line)
+        for part in range(0, 4 * WIDTH, WIDTH):
+            _stage_vector(kind, source + (column + part) * size, target + 4 * (column + part), factor)
+    for column in range(fours, whole, WIDTH):
+        _stage_vector(kind, source + column * size, target + 4 * column, factor)
     if whole < columns:
         store(target + 4 * whole, splat(np.float32(0.0)))
         for column in range(whole, columns):
@@ -73,7 +81,7 @@ def _rows(tile, c, c_stride, a, b, b_stride, n, add, ahead, lines):
     if add:
         tile = load_tile(tile, c, c_stride)
     for _ in range(n):
-        tile = rank_one(tile, a, STAGE, b)
+        tile = rank_one(FP32, tile, a, STAGE, b)
         a += 4
         b += b_stride
         for _ in range(lines):
@@ -83,10 +91,10 @@ def _rows(tile, c, c_stride, a, b, b_stride, n, add, ahead, lines):
 
 
 @inline
-def _columns(tile, c, c_stride, a, a_stride, b, b_stride, n, ahead, lines):
+def _columns(kind, tile, c, c_stride, a, a_stride, b, b_stride, n, ahead, lines):
     tile = load_tile(tile, c, c_stride)
     for _ in range(n):
-        tile = rank_one(tile, a, 1, b)
+        tile = rank_one(kind, tile, a, 1, b)
         a += a_stride
         b += b_stride
         for _ in range(lines):
@@ -130,49 +138,84 @@ def product_rows(c, c_stride, a, b, b_stride, n, vectors, add, ahead=0, lines=0)
 
 
 @jit
-def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors, ahead=0, lines=0):
-    """C (rows, vectors * WIDTH) += A^T B for A (n, rows). Strides in bytes."""
+def product_columns_of(kind, c, c_stride, a, a_stride, b, b_stride, n, rows, vectors, ahead=0, lines=0):
+    """C (rows, vectors * WIDTH) += A^T B for A (n, rows) and B of a kind. Strides in bytes."""
+    wide = WIDTH * size_of(kind)
     j = 0
     if WIDE:
         while vectors - j >= 4:
-            here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
+            here, there = c + j * VECTOR_BYTES, b + j * wide
             i = 0
             while rows - i >= 4:
                 _columns(
-                    zeros(4, 4), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+                    kind,
+                    zeros(4, 4),
+                    here + i * c_stride,
+                    c_stride,
+                    a + 4 * i,
+                    a_stride,
+                    there,
+                    b_stride,
+                    n,
+                    ahead,
+                    lines,
                 )
                 ahead += 64 * lines * n
                 i += 4
             while rows > i:
                 _columns(
-                    zeros(1, 4), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+                    kind,
+                    zeros(1, 4),
+                    here + i * c_stride,
+                    c_stride,
+                    a + 4 * i,
+                    a_stride,
+                    there,
+                    b_stride,
+                    n,
+                    ahead,
+                    lines,
                 )
                 ahead += 64 * lines * n
                 i += 1
             j += 4
     while vectors - j >= 2:
-        here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
+        here, there = c + j * VECTOR_BYTES, b + j * wide
         i = 0
         while rows - i >= 4:
-            _columns(zeros(4, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            _columns(
+                kind, zeros(4, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+            )
             ahead += 64 * lines * n
             i += 4
         while rows > i:
-            _columns(zeros(1, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            _columns(
+                kind, zeros(1, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+            )
             ahead += 64 * lines * n
             i += 1
         j += 2
     if vectors > j:
-        here, there = c + j * VECTOR_BYTES, b + j * VECTOR_BYTES
+        here, there = c + j * VECTOR_BYTES, b + j * wide
         i = 0
         while rows - i >= 8:
-            _columns(zeros(8, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            _columns(
+                kind, zeros(8, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+            )
             ahead += 64 * lines * n
             i += 8
         while rows > i:
-            _columns(zeros(1, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines)
+            _columns(
+                kind, zeros(1, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
+            )
             ahead += 64 * lines * n
             i += 1
+
+
+@inline
+def product_columns(c, c_stride, a, a_stride, b, b_stride, n, rows, vectors):
+    """C (rows, vectors * WIDTH) += A^T B for A (n, rows) and B of float32. Strides in bytes."""
+    product_columns_of(FP32, c, c_stride, a, a_stride, b, b_stride, n, rows, vectors)
 
 
 def _shared(terms):
