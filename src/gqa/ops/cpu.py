@@ -11,7 +11,7 @@ import torch
 from gqa.ops import call, compiled, cpu_forward, threads
 from gqa.ops.call import KINDS, dense, place, whole
 from gqa.ops.cpu_forward import MAX_ROWS, SCRATCH_BYTES, Job
-from gqa.ops.simd import VECTOR_BYTES, WIDTH
+from gqa.ops.simd import CONVERTS_FP16, VECTOR_BYTES, WIDTH
 from gqa.ops.tiles import GROUP
 
 AHEAD_BYTES = 24 << 10  # of K, and of V, are on their way from memory at decode
@@ -36,6 +36,8 @@ def unserved(
         return f"tensors on {q.device.type}"
     if q.dtype not in KINDS:
         return str(q.dtype)
+    if q.dtype == torch.float16 and not CONVERTS_FP16:
+        return "torch.float16 on a processor without instructions for it"
     if torch.is_grad_enabled():
         for name, x in (("mask", mask), ("k_scale", k_scale), ("v_scale", v_scale)):
             if x is not None and x.requires_grad:

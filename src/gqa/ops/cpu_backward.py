@@ -67,7 +67,7 @@ _INTEGERS = """
     units abreast kv_heads group tokens keys head_dim v_head_dim rows tiles blocks
     q q_batch q_head q_token k k_batch k_head k_token v v_batch v_head v_token
     out out_batch out_head out_token d_out d_out_batch d_out_head d_out_token lse d_lse
-    dq dq_batch dq_head dq_token dk dk_token dv dv_token delta turns
+    dq dq_batch dq_head dq_token dk dk_head dk_token dv dv_head dv_token delta turns
     causal q_start q_starts window lengths starts capped
     mask mask_kind mask_batch mask_head mask_token mask_key
 """
@@ -249,8 +249,23 @@ def clear(address, vectors, low, high):
 
 
 @jit
+def store_queries(kind, job, sequence, head, first, rows, here):
+    """A tile's dQ to memory, as numbers of a kind."""
+    size, whole = size_of(kind), job.head_dim - job.head_dim % WIDTH
+    for row in range(rows):
+        token = (first + row) // job.group
+        query = head * job.group + first + row - token * job.group
+        source = here + DQ_ROWS + row * STAGE_BYTES
+        target = job.dq + sequence * job.dq_batch + query * job.dq_head + token * job.dq_token
+        for column in range(0, whole, WIDTH):
+            store_as(kind, target + column * size, load(source + 4 * column))
+        for column in range(whole, job.head_dim):
+            store_scalar(kind, target + column * size, load_scalar(FP32, source + 4 * column))
+
+
+@jit
 def run_task(kind, job, task, here):
-    # Heads in batches of `abreast`, in each all heads' first tiles, then their second ones.
+    # Heads come in batches of `abreast`: first all their first tiles, then all their second ones, and so on.
     batch = task // (job.abreast * job.tiles)
     within = task - batch * job.abreast * job.tiles
     heads = min(job.abreast, job.units - batch * job.abreast)
@@ -269,8 +284,7 @@ def run_task(kind, job, task, here):
         find_mask_rows(job, sequence, head, first, rows, here + MASK_ROWS)
     k = job.k + sequence * job.k_batch + head * job.k_head
     v = job.v + sequence * job.v_batch + head * job.v_head
-    dk = job.dk + unit * job.blocks * BLOCK * job.dk_token
-    dv = job.dv + unit * job.blocks * BLOCK * job.dv_token
+    dk, dv = job.dk + unit * job.dk_head, job.dv + unit * job.dv_head
     turns = job.turns + 8 * unit * job.blocks
 
     for block in range(job.blocks):
@@ -285,7 +299,7 @@ def run_task(kind, job, task, here):
             for i in range(low, high):
                 stage_row(kind, k + (key + i) * job.k_token, job.head_dim, here + K_ROWS + i * STAGE_BYTES, ONE)
                 stage_row(kind, v + (key + i) * job.v_token, job.v_head_dim, here + V_ROWS + i * STAGE_BYTES, ONE)
-            # Products take GROUP keys at a time; what they make of the others is replaced by zeros.
+            # Products take GROUP keys at a time; what they make of keys that are not there is replaced by zeros.
             begin, end = low - low % GROUP, (high + GROUP - 1) // GROUP * GROUP
             times_panels(here + K_ROWS, here + Q_PANELS, job.head_dim, begin, end, vectors, here + SCORES)
             times_panels(here + V_ROWS, here + DO_PANELS, job.v_head_dim, begin, end, vectors, here + SLOPES)
@@ -307,17 +321,7 @@ def run_task(kind, job, task, here):
             add_to_keys(here + SCORES, here + DO_ROWS, rows, job.v_head_dim, begin, end, at_v, job.dv_token)
             add_to_keys(here + SLOPES, here + Q_ROWS, rows, job.head_dim, begin, end, at_k, job.dk_token)
         fetch_add(turn, 1)
-
-    size, whole = size_of(kind), job.head_dim - job.head_dim % WIDTH
-    for row in range(rows):
-        token = (first + row) // job.group
-        query = head * job.group + first + row - token * job.group
-        source = here + DQ_ROWS + row * STAGE_BYTES
-        target = job.dq + sequence * job.dq_batch + query * job.dq_head + token * job.dq_token
-        for column in range(0, whole, WIDTH):
-            store_as(kind, target + column * size, load(source + 4 * column))
-        for column in range(whole, job.head_dim):
-            store_scalar(kind, target + column * size, load_scalar(FP32, source + 4 * column))
+    store_queries(kind, job, sequence, head, first, rows, here)
 
 
 @jit

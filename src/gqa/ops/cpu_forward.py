@@ -230,45 +230,59 @@ def visible_range(job, sequence, first, rows, here):
     return lowest, highest, inner_low, inner_high
 
 
+# A tensor of tokens in a kernel: its address, and the strides of its batch (or page), head and token in bytes.
+
+
 @inline
-def row_address(base, batch_stride, head_stride, token_stride, job, sequence, head, key):
-    """Where one token's K, V or scale lies: in a tensor of its own sequence, or in the page that the table names."""
+def keys_of(job):
+    return job.k, job.k_batch, job.k_head, job.k_token
+
+
+@inline
+def values_of(job):
+    return job.v, job.v_batch, job.v_head, job.v_token
+
+
+@inline
+def key_scales_of(job):
+    return job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token
+
+
+@inline
+def value_scales_of(job):
+    return job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token
+
+
+@inline
+def address_of(tensor, job, sequence, head, key):
+    """Where one token's K, V or scale lies: in the tensor of its sequence, or in the page that the table names."""
+    base, outer, head_stride, token_stride = tensor
     if job.table:
         page = max(0, load_int(job.table + sequence * job.table_batch + 8 * (key // job.page_tokens), 8))
-        return base + page * batch_stride + head * head_stride + (key % job.page_tokens) * token_stride
-    return base + sequence * batch_stride + head * head_stride + key * token_stride
+        return base + page * outer + head * head_stride + (key % job.page_tokens) * token_stride
+    return base + sequence * outer + head * head_stride + key * token_stride
 
 
 @jit
-def stage_keys(kind, job, sequence, head, key, count, ahead, here):
-    """Rows of K for `count` keys from `key` on, float32."""
+def stage_rows(kind, tensor, scales, columns, job, sequence, head, key, count, ahead, target):
+    """`count` rows of K or V from `key` on, as float32; asks for those `ahead` keys later meanwhile."""
+    source, factor = address_of(tensor, job, sequence, head, key), ONE
     for i in range(count):
-        source = row_address(job.k, job.k_batch, job.k_head, job.k_token, job, sequence, head, key + i)
-        factor = ONE
+        if job.table:
+            source = address_of(tensor, job, sequence, head, key + i)
         if size_of(kind) == 1:
-            place = row_address(
-                job.k_scale, job.k_scale_batch, job.k_scale_head, job.k_scale_token, job, sequence, head, key + i
-            )
-            factor = load_scalar(FP32, place)
-            if i == 0:
-                prefetch(place + job.ahead * job.k_scale_token)
-        stage_row(kind, source, job.head_dim, here + K_STAGE + i * STAGE_BYTES, factor, ahead * job.k_token)
+            factor = load_scale(scales, job, sequence, head, key, i)
+        stage_row(kind, source, columns, target + i * STAGE_BYTES, factor, ahead * tensor[3])
+        source += tensor[3]
 
 
-@jit
-def stage_values(kind, job, sequence, head, key, count, ahead, here):
-    """Rows of V for `count` keys from `key` on, float32."""
-    for i in range(count):
-        source = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, key + i)
-        factor = ONE
-        if size_of(kind) == 1:
-            place = row_address(
-                job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
-            )
-            factor = load_scalar(FP32, place)
-            if i == 0:
-                prefetch(place + job.ahead * job.v_scale_token)
-        stage_row(kind, source, job.v_head_dim, here + V_STAGE + i * STAGE_BYTES, factor, ahead * job.v_token)
+@inline
+def load_scale(scales, job, sequence, head, key, i):
+    """The scale of token key + i; with the first of a group, asks for those to come."""
+    place = address_of(scales, job, sequence, head, key + i)
+    if i == 0:
+        prefetch(place + job.ahead * scales[3])
+    return load_scalar(FP32, place)
 
 
 @jit
@@ -405,12 +419,7 @@ def merge(kind, job, unit, sequence, head, first, rows, vectors):
 def scale_weights(job, sequence, head, key, count, padded, weights):
     """Probabilities times the scales of int8 values."""
     for i in range(count):
-        place = row_address(
-            job.v_scale, job.v_scale_batch, job.v_scale_head, job.v_scale_token, job, sequence, head, key + i
-        )
-        factor = load_scalar(FP32, place)
-        if i == 0:
-            prefetch(place + job.ahead * job.v_scale_token)
+        factor = load_scale(value_scales_of(job), job, sequence, head, key, i)
         for row in range(padded):
             weight = weights + 4 * (i * padded + row)
             store_scalar(FP32, weight, load_scalar(FP32, weight) * factor)
@@ -479,11 +488,12 @@ def run_task(q_kind, kv_kind, job, task, here):
         if job.mask_kind and not load_bias(job, key, count, rows, padded, here):
             continue
         for group in range(0, count, GROUP):
-            stage_keys(kv_kind, job, sequence, head, key + group, min(GROUP, count - group), staged, here)
-            ahead = 0
-            if key_lines:
-                soon = min(key + group + job.ahead, end - 1)
-                ahead = row_address(job.k, job.k_batch, job.k_head, job.k_token, job, sequence, head, soon)
+            some, soon = min(GROUP, count - group), min(key + group + job.ahead, end - 1)
+            stage_rows(
+                kv_kind, keys_of(job), key_scales_of(job), job.head_dim, job, sequence, head, key + group, some, staged,
+                here + K_STAGE,
+            )  # fmt: skip
+            ahead = address_of(keys_of(job), job, sequence, head, soon)
             scores, queries, keys = here + SCORES + 4 * group * padded, here + QUERIES, here + K_STAGE
             if terms == 1:
                 product_rows(
@@ -498,12 +508,11 @@ def run_task(q_kind, kv_kind, job, task, here):
                 for place in range(row * STAGE_BYTES, row * STAGE_BYTES + columns * VECTOR_BYTES, VECTOR_BYTES):
                     store(here + SUMS + place, load(here + SUMS + place) * shrink)
         for group in range(0, count, GROUP):
-            some = min(GROUP, count - group)
+            some, soon = min(GROUP, count - group), min(key + group + job.ahead, end - 1)
             weights, sums = here + SCORES + 4 * group * padded, here + SUMS
             if direct:
-                source = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, key + group)
-                soon = min(key + group + job.ahead, end - 1)
-                ahead = row_address(job.v, job.v_batch, job.v_head, job.v_token, job, sequence, head, soon)
+                source = address_of(values_of(job), job, sequence, head, key + group)
+                ahead = address_of(values_of(job), job, sequence, head, soon)
                 if size_of(kv_kind) == 1:
                     scale_weights(job, sequence, head, key + group, some, padded, weights)
                 product_columns_of(
@@ -511,7 +520,10 @@ def run_task(q_kind, kv_kind, job, task, here):
                     ahead, value_lines,
                 )  # fmt: skip
             else:
-                stage_values(kv_kind, job, sequence, head, key + group, some, staged, here)
+                stage_rows(
+                    kv_kind, values_of(job), value_scales_of(job), job.v_head_dim, job, sequence, head, key + group,
+                    some, staged, here + V_STAGE,
+                )  # fmt: skip
                 product_columns(
                     sums, STAGE_BYTES, weights, 4 * padded, here + V_STAGE, STAGE_BYTES, some, rows, columns
                 )

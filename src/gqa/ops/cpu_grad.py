@@ -14,6 +14,7 @@ from gqa.ops import call, compiled, cpu_backward, threads
 from gqa.ops.call import KINDS, dense, place, whole
 from gqa.ops.cpu_backward import BLOCK, MAX_ROWS, SCRATCH_BYTES, Job
 from gqa.ops.simd import WIDTH
+from gqa.ops.tiles import GROUP
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -44,9 +45,9 @@ def backward(
     B, HG, T, D = q.shape
     H, S, Dv = k.shape[1], k.shape[2], v.shape[3]
     dq, *_ = gradients(q, k, v, sinks)
-    blocks = -(-S // BLOCK)
-    dk = torch.zeros(B, H, blocks * BLOCK, -(-D // WIDTH) * WIDTH)
-    dv = torch.zeros(B, H, blocks * BLOCK, -(-Dv // WIDTH) * WIDTH)
+    blocks, keys = -(-S // BLOCK), -(-S // GROUP) * GROUP
+    dk = torch.zeros(B, H, keys, -(-D // WIDTH) * WIDTH)
+    dv = torch.zeros(B, H, keys, -(-Dv // WIDTH) * WIDTH)
     turns = torch.zeros(B * H * blocks, dtype=torch.int64)
     delta = torch.empty(B, HG, T)
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
@@ -60,8 +61,8 @@ def backward(
     job.out, job.out_batch, job.out_head, job.out_token = place(out)
     job.d_out, job.d_out_batch, job.d_out_head, job.d_out_token = place(d_out)
     job.dq, job.dq_batch, job.dq_head, job.dq_token = place(dq)
-    job.dk, _, _, job.dk_token = place(dk)
-    job.dv, _, _, job.dv_token = place(dv)
+    job.dk, _, job.dk_head, job.dk_token = place(dk)
+    job.dv, _, job.dv_head, job.dv_token = place(dv)
     lse = whole(lse, torch.float32)
     job.lse, job.delta, job.turns = lse.data_ptr(), delta.data_ptr(), turns.data_ptr()
     if d_lse is not None:
@@ -99,14 +100,16 @@ class Differentiable(torch.autograd.Function):
     """`torch.ops.gqa.cpu_forward`, with `torch.ops.gqa.cpu_backward` as its backward. Takes what it takes, in order."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Any:
-        causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths, kv_starts, *cache = options
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Any:
+        return torch.ops.gqa.cpu_forward.default(q, k, v, *options, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths, kv_starts, *cache = inputs
         assert cache == [None, None, None], "pages and int8 are no leaves"
-        out, lse = torch.ops.gqa.cpu_forward.default(q, k, v, *options, True)
-        ctx.save_for_backward(q, k, v, out, lse, q_starts, mask, sinks, kv_lengths, kv_starts)
+        ctx.save_for_backward(q, k, v, *output, q_starts, mask, sinks, kv_lengths, kv_starts)
         ctx.numbers = causal, q_start, window, scale, softcap
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     @once_differentiable

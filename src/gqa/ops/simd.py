@@ -43,6 +43,9 @@ VECTOR_BYTES = 4 * WIDTH
 # AVX-512VL and NEON have 32 vector registers, AVX2 has 16. It decides how large a tile of sums may be.
 REGISTERS = 32 if llvm.get_host_cpu_features().get("avx512vl") or "aarch64" in llvm.get_default_triple() else 16
 
+# Without instructions for them LLVM calls a library that a process may not have, and ends the process.
+CONVERTS_FP16 = llvm.get_host_cpu_features().get("f16c", False) or "aarch64" in llvm.get_default_triple()
+
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 
