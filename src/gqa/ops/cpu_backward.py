@@ -305,7 +305,8 @@ def run_task(kind, job, task, here):
             times_panels(here + V_ROWS, here + DO_PANELS, job.v_head_dim, begin, end, vectors, here + SLOPES)
             partial = key + low < inner_low or key + high > inner_high
             if partial:
-                limits(key, BLOCK, rows, vectors * WIDTH, here + FIRST_KEY, here + END_KEY, here + LOW, here + HIGH)
+                lanes = vectors * WIDTH
+                limits(key, BLOCK, rows, lanes, lanes, here + FIRST_KEY, here + END_KEY, here + LOW, here + HIGH)
             differentiate(job, low, high, vectors, partial, here)
             for part in (SCORES, SLOPES):
                 clear(here + part, vectors, begin, low)

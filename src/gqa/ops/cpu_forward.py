@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from gqa.ops.job import viewer
+from gqa.ops.rows import LOG2_E, LOWEST, NEGATIVE, ZERO, find_mask_rows, limits, load_bias, visible_range
 from gqa.ops.simd import (
     FP32,
     VECTOR_BYTES,
@@ -45,9 +46,9 @@ from gqa.ops.simd import (
     splat,
     store,
     store_as,
-    store_int,
     store_scalar,
     swap,
+    tanh,
     where_less,
 )
 from gqa.ops.tiles import (
@@ -69,13 +70,8 @@ SCORE_FLOATS = 8 * 1024
 DIRECT_ROWS = 16
 FEW_ROWS = 2  # as many rows leave a key so little arithmetic that only memory counts
 
-LOG2_E = np.float32(math.log2(math.e))
 LN_2 = np.float32(math.log(2.0))
-NEGATIVE = np.float32(-math.inf)
-LOWEST = np.float32(-np.finfo(np.float32).max)
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
-
-NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+ONE = np.float32(1.0)
 
 
 _INTEGERS = """
@@ -169,21 +165,6 @@ def across(vector, rows, largest):
     return vector
 
 
-@inline
-def tanh(x):
-    """(e^2x - 1) / (e^2x + 1), and a polynomial near 0 where that would cancel. Absolute error below 2e-7."""
-    limited = where_less(x, splat(np.float32(-10.0)), splat(np.float32(-10.0)), x)
-    limited = where_less(splat(np.float32(10.0)), limited, splat(np.float32(10.0)), limited)
-    power = exp2(limited * splat(np.float32(2.0 * LOG2_E)))
-    far = (power - splat(ONE)) / (power + splat(ONE))
-    square = x * x
-    near = fma(square, splat(np.float32(62.0 / 2835.0)), splat(np.float32(-17.0 / 315.0)))
-    near = fma(square, near, splat(np.float32(2.0 / 15.0)))
-    near = fma(square, near, splat(np.float32(-1.0 / 3.0)))
-    near = fma(square * x, near, x)
-    return where_less(square, splat(np.float32(0.04)), near, far)
-
-
 @jit
 def load_queries(kind, job, sequence, head, first, rows, padded, terms, here):
     """Rows of q times the scale into QUERIES: [d][row], or [d // terms][row][d % terms] where lanes are shared."""
@@ -203,31 +184,6 @@ def load_queries(kind, job, sequence, head, first, rows, padded, terms, here):
             for term in range(min(terms, columns - d)):
                 store_scalar(FP32, target + 4 * term, load_scalar(kind, source + (d + term) * size) * factor)
             target += 4 * padded * terms
-
-
-@jit
-def visible_range(job, sequence, first, rows, here):
-    """FIRST_KEY and END_KEY of every row, which causality, window and lengths leave it; returns what holds them all,
-    and what all of them hold: (lowest first, highest end, highest first, lowest end)."""
-    begin, end = 0, job.keys
-    if job.starts:
-        begin = max(begin, load_int(job.starts + 8 * sequence, 8))
-    if job.lengths:
-        end = min(end, load_int(job.lengths + 8 * sequence, 8))
-    start = load_int(job.q_starts + 8 * sequence, 8) if job.q_starts else job.q_start
-    lowest, highest, inner_low, inner_high = job.keys, 0, 0, job.keys
-    for row in range(rows):
-        position = start + (first + row) // job.group
-        low = max(begin, position - job.window + 1) if job.window else begin
-        high = min(end, position + 1) if job.causal else end
-        if high <= low:
-            low = high = 0
-        else:
-            lowest, highest = min(lowest, low), max(highest, high)
-        inner_low, inner_high = max(inner_low, low), min(inner_high, high)
-        store_int(here + FIRST_KEY + 8 * row, low)
-        store_int(here + END_KEY + 8 * row, high)
-    return lowest, highest, inner_low, inner_high
 
 
 # A tensor of tokens in a kernel: its address, and the strides of its batch (or page), head and token in bytes.
@@ -286,26 +242,6 @@ def load_scale(scales, job, sequence, head, key, i):
 
 
 @jit
-def load_bias(job, key, count, rows, padded, here):
-    """The mask of a block as numbers to add, in log 2: BIAS [key][row]. Returns whether any row sees any key."""
-    seen = False
-    for i in range(count):
-        column = job.mask + (key + i) * job.mask_key
-        target = here + BIAS + 4 * i * padded
-        for row in range(rows):
-            place = column + load_int(here + MASK_ROW + 8 * row, 8)
-            if job.mask_kind == BOOL_MASK:
-                bias = ZERO if load_int(place, 1) else NEGATIVE
-            else:
-                bias = load_scalar(FP32, place)
-                if bias != NEGATIVE:
-                    bias = max(bias * LOG2_E, LOWEST)  # the lowest number stays one: a row of it sees every key alike
-            seen = seen or bias != NEGATIVE
-            store_scalar(FP32, target + 4 * row, bias)
-    return seen
-
-
-@jit
 def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
     """SCORES to probabilities relative to the rows' highest scores; updates HIGHEST, TOTAL and SHRINK.
 
@@ -313,14 +249,7 @@ def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
     """
     scores, width = here + SCORES, 4 * padded
     if partial:
-        for lane in range(vectors * WIDTH):
-            row = lane % padded
-            low, high = 0, 0
-            if row < rows:
-                low = load_int(here + FIRST_KEY + 8 * row, 8) - key
-                high = load_int(here + END_KEY + 8 * row, 8) - key
-            store_scalar(FP32, here + LOW + 4 * lane, np.float32(min(max(low, 0), count)))
-            store_scalar(FP32, here + HIGH + 4 * lane, np.float32(min(max(high, 0), count)))
+        limits(key, count, rows, padded, vectors * WIDTH, here + FIRST_KEY, here + END_KEY, here + LOW, here + HIGH)
     number = load(here + KEY_OF_LANE)
     changed = False
     for j in range(vectors):
@@ -442,7 +371,7 @@ def run_task(q_kind, kv_kind, job, task, here):
     padded, vectors, terms = lanes_of(rows)
     columns = (job.v_head_dim + WIDTH - 1) // WIDTH
 
-    lowest, highest, inner_low, inner_high = visible_range(job, sequence, first, rows, here)
+    lowest, highest, inner_low, inner_high = visible_range(job, sequence, first, rows, here + FIRST_KEY, here + END_KEY)
     begin, end = lowest, highest
     if job.splits > 1:
         begin = max(begin, split * job.split_keys)
@@ -462,11 +391,7 @@ def run_task(q_kind, kv_kind, job, task, here):
             for lane in range(WIDTH):
                 store_scalar(FP32, here + KEY_OF_LANE + 4 * lane, np.float32(lane // padded))
         if job.mask_kind:
-            for row in range(rows):
-                token = (first + row) // job.group
-                query = head * job.group + first + row - token * job.group
-                place = sequence * job.mask_batch + query * job.mask_head + token * job.mask_token
-                store_int(here + MASK_ROW + 8 * row, place)
+            find_mask_rows(job, sequence, head, first, rows, here + MASK_ROW)
 
     # Cache lines to ask for ahead of time: V's, and K's where a row takes longer to arrive than to multiply, at each
     # step of the products, which otherwise leave the memory idle; else K's while rows are staged.
@@ -485,7 +410,7 @@ def run_task(q_kind, kv_kind, job, task, here):
     block = min(MOST_KEYS, SCORE_FLOATS // padded // GROUP * GROUP)
     for key in range(begin, end, block):
         count = min(block, end - key)
-        if job.mask_kind and not load_bias(job, key, count, rows, padded, here):
+        if job.mask_kind and not load_bias(job, key, count, rows, here + MASK_ROW, here + BIAS, 4 * padded):
             continue
         for group in range(0, count, GROUP):
             some, soon = min(GROUP, count - group), min(key + group + job.ahead, end - 1)

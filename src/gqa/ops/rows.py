@@ -12,8 +12,7 @@ import math
 
 import numpy as np
 
-from gqa.ops.simd import FP32, load_int, load_scalar, store_int, store_scalar
-from gqa.ops.tiles import jit
+from gqa.ops.simd import FP32, jit, load_int, load_scalar, store_int, store_scalar
 
 BOOL_MASK, FLOAT_MASK = 1, 2  # a job's mask_kind; 0: no mask
 
@@ -51,13 +50,17 @@ def visible_range(job, sequence, first, rows, first_key, end_key):
 
 
 @jit
-def limits(key, count, rows, lanes, first_key, end_key, low, high):
-    """The rows' ranges relative to `key`, cut to [0, count], as float32 to compare with; lanes past `rows` see none."""
+def limits(key, count, rows, padded, lanes, first_key, end_key, low, high):
+    """The rows' ranges relative to `key`, cut to [0, count], as float32 to compare with; rows past `rows` see none.
+
+    Lanes hold `padded` rows, over and over where a vector holds several keys.
+    """
     for lane in range(lanes):
+        row = lane % padded
         begin, end = 0, 0
-        if lane < rows:
-            begin = load_int(first_key + 8 * lane, 8) - key
-            end = load_int(end_key + 8 * lane, 8) - key
+        if row < rows:
+            begin = load_int(first_key + 8 * row, 8) - key
+            end = load_int(end_key + 8 * row, 8) - key
         store_scalar(FP32, low + 4 * lane, np.float32(min(max(begin, 0), count)))
         store_scalar(FP32, high + 4 * lane, np.float32(min(max(end, 0), count)))
 
