@@ -40,6 +40,7 @@ from gqa.ops.simd import (
     exp2,
     fetch_add,
     fma,
+    jit,
     load,
     load_as,
     load_scalar,
@@ -51,7 +52,7 @@ from gqa.ops.simd import (
     tanh,
     where_less,
 )
-from gqa.ops.tiles import GROUP, STAGE_BYTES, WIDE, jit, product_columns, product_rows, stage_row
+from gqa.ops.tiles import GROUP, STAGE_BYTES, WIDE, product_columns, product_rows, stage_row
 
 BLOCK = 64  # keys of one step
 MAX_ROWS = 128  # query rows of a tile
