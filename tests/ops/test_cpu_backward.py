@@ -228,3 +228,12 @@ def test_gradients_of_gradients_are_refused():
     (dq,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 1, 6)], ids=["plain", "sinks"])
+def test_opcheck(sinks):
+    q, k, v = random_call(T=5, S=7, D=8, Dv=12)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # dQ lies as q does
+    out, lse = gqa.attention(q, k, v, sinks=sinks, q_start=2, causal=True, return_lse=True, impl="cpu")
+    options = (True, 2, None, 4, 8**-0.5, 2.0, torch.arange(7) % 3 > 0, sinks, torch.tensor([7, 3]), None)
+    torch.library.opcheck(torch.ops.gqa.cpu_backward.default, (q, k, v, out, lse, incoming(out), lse, *options))
