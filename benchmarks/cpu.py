@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 
-# Before any library starts its threads: a thread of one that spins while it waits would slow the next one.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse

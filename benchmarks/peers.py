@@ -1,6 +1,6 @@
 """Other libraries' attention as contenders: each gets the inputs in the layout it likes, and says why it cannot serve.
 
-Every peer computes on the same number of threads, and waits without spinning, so that it does not slow the next.
+Every peer computes on the same number of threads.
 """
 
 # B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim
@@ -140,7 +140,6 @@ def _onnxruntime_session(query_heads: int, kv_heads: int, head_dim: int, dtype: 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

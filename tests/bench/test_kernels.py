@@ -99,10 +99,10 @@ def test_turns_go_round_the_copies(limits):
 
     problem = Problem(8, 2, 16, 256, dtype="fp32")  # 64 KiB, the size of the cache: three copies exceed it twice
     measure(problem, {"notes": notes}, limits, repeats=4, budget_seconds=None)
-    first, *turns = seen
-    assert len(set(turns)) == 3
-    assert turns[0] == first
-    assert turns[3:] == turns[:3]
+    first, *calls = seen
+    assert len(set(calls)) == 3
+    assert calls[0] == first
+    assert calls[3:] == calls[:-3]
 
 
 def test_figures_follow_from_the_times():

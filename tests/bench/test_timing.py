@@ -81,6 +81,18 @@ def test_a_turn_is_told_its_number():
     assert turns == list(itertools.islice(itertools.count(), 5))
 
 
+def test_only_the_last_call_of_a_turn_is_timed(clock):
+    calls = []
+
+    def contender(call):
+        calls.append(call)
+        clock(1 if call % 3 == 2 else 100)
+
+    timed = take_turns({"a": contender}, repeats=2, warm_up=1, run_up=2)
+    assert calls == list(range(9))
+    assert (timed["a"].p20, timed["a"].p80, timed["a"].repeats) == (1, 1, 2)
+
+
 def test_refuses_no_repeats():
     with pytest.raises(GqaError, match="repeats must be positive"):
         take_turns({}, repeats=0)

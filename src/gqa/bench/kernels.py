@@ -56,7 +56,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Check every contender, then time those that were right, in turns with the machine's own limits: a flat row each.
 
-    Each turn takes the next of several copies of K and V, so that no cache still holds what the turn before read.
+    Each call takes the next of several copies of K and V, so that no cache still holds what the one before read. At
+    decode a contender's timed call follows an untimed one of its own, as calls do in a model.
     The rooflines of these rows come from the probes' times in the same turns: roofline_seconds with torch.mm's rate,
     limit_seconds with the fastest fp32 product there is on this machine.
 
@@ -80,7 +81,8 @@ def measure(
     probes = {_READ: limits.read, _SGEMM: limits.sgemm, _MULTIPLY: limits.multiply}
     turns |= {name: lambda _, probe=probe: probe.run() for name, probe in probes.items()}
     # The check has been a first run for all; a prefill is too long for more of them.
-    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, warm_up=0 if problem.causal else 2)
+    often = {"warm_up": 0, "run_up": 0} if problem.causal else {"warm_up": 2, "run_up": 1}
+    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, **often)
     read, sgemm, multiply = (probe.amount / timed[name].p50 for name, probe in probes.items())
     rates = {
         "read_bytes_per_second": read,

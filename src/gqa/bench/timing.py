@@ -37,13 +37,16 @@ def take_turns(
     repeats: int,
     budget_seconds: float | None = None,
     warm_up: int = WARM_UP_ROUNDS,
+    run_up: int = 0,
     after: Mapping[str, Callable[[], object]] | None = None,
     on_round: Callable[[int], object] | None = None,
 ) -> dict[str, Seconds]:
     """Run every contender once per round, `repeats` rounds; odd rounds go backwards, so that none always follows the
     same one.
 
-    A contender is called with the number of the round, which counts up from 0, warm-up included.
+    A contender is called with the number of its call, which counts up from 0, warm-up included.
+    run_up: calls right before the one that is timed, each turn: then a contender finds its own threads awake and its
+    own code and tables in the caches, as in a loop of its own, and not what the one before left.
     budget_seconds: a contender that has spent this much time sits out the further rounds once it has `LEAST_ROUNDS`,
     or even 1 if it has spent `LEAST_ROUNDS` times as much.
     after: what to do after a contender's turn, outside its time; on_round: told how many timed rounds are done.
@@ -57,10 +60,14 @@ def take_turns(
     playing = list(contenders)
     for turn in range(warm_up + repeats):
         for name in playing if turn % 2 == 0 else playing[::-1]:
+            began = time.perf_counter()
+            for call in range(run_up):
+                contenders[name](turn * (run_up + 1) + call)
             start = time.perf_counter()
-            contenders[name](turn)
-            elapsed = time.perf_counter() - start
-            spent[name] += elapsed
+            contenders[name](turn * (run_up + 1) + run_up)
+            end = time.perf_counter()
+            elapsed = end - start
+            spent[name] += end - began
             if after and name in after:
                 after[name]()
             if turn >= warm_up:

@@ -87,11 +87,16 @@ def attention(
         kv_lengths=kv_lengths, kv_starts=kv_starts, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
         return_lse=return_lse, impl=impl,
     )  # fmt: skip
+    options = [
+        causal, q_int, q_starts, window, scale, softcap, mask, sinks,
+        kv_lengths, kv_starts, block_table, k_scale, v_scale,
+    ]  # fmt: skip
+    if chosen == "cpu" and not torch.compiler.is_compiling():
+        # Straight to what the composite ops would call: a token's time is short.
+        out, lse = registry.cpu_attention(q, k, v, options, return_lse)
+        return (out, lse) if return_lse else out
     op = registry.attention_with_lse if return_lse else registry.attention
-    return op(
-        q, k, v, causal, q_int, q_starts, window, scale, softcap, mask, sinks,
-        kv_lengths, kv_starts, block_table, k_scale, v_scale, chosen,
-    )  # fmt: skip
+    return op(q, k, v, *options, chosen)
 
 
 def attention_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> str:

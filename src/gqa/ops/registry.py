@@ -28,7 +28,7 @@ _SINKS, _TABLE = _NAMES.index("sinks"), _NAMES.index("block_table")
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> torch.Tensor:
     *options, impl = arguments
     if impl == "cpu":
-        return _cpu(q, k, v, options, False)[0]
+        return cpu_attention(q, k, v, options, False)[0]
     named = dict(zip(_NAMES, options, strict=True))
     if impl == "sdpa":
         for absent in ("softcap", "sinks", "block_table", "k_scale", "v_scale"):
@@ -42,14 +42,15 @@ def _attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *options, impl = arguments
     if impl == "cpu":
-        return _cpu(q, k, v, options, True)
+        return cpu_attention(q, k, v, options, True)
     assert impl == "reference"
     return reference.attention(q, k, v, **dict(zip(_NAMES, options, strict=True)))
 
 
-def _cpu(
+def cpu_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: list[Any], want_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse by the CPU kernels, differentiable where that is asked for."""
     sinks, table = options[_SINKS], options[_TABLE]
     if not torch.is_grad_enabled() or not (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
