@@ -67,7 +67,7 @@ from gqa.ops.tiles import (
 MAX_ROWS = 128  # query rows of a tile
 MOST_KEYS = 2048  # keys of one step of the online softmax, at most; fewer for many rows, whose scores have to stay near
 SCORE_FLOATS = 8 * 1024
-DIRECT_ROWS = 16
+DIRECT_ROWS = 16  # query rows of a tile up to which V is multiplied where it lies
 FEW_ROWS = 2  # as many rows leave a key so little arithmetic that only memory counts
 
 LN_2 = np.float32(math.log(2.0))
@@ -251,7 +251,6 @@ def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
     if partial:
         limits(key, count, rows, padded, vectors * WIDTH, here + FIRST_KEY, here + END_KEY, here + LOW, here + HIGH)
     number = load(here + KEY_OF_LANE)
-    changed = False
     for j in range(vectors):
         lanes = 4 * WIDTH * j
         before = load(here + HIGHEST + lanes)
@@ -285,6 +284,7 @@ def softmax(job, key, count, rows, padded, vectors, terms, partial, here):
         store(here + HIGHEST + lanes, highest)
         store(here + TOTAL + lanes, total)
         store(here + SHRINK + lanes, shrink)
+    changed = False
     for row in range(rows):
         changed = changed or load_scalar(FP32, here + SHRINK + 4 * row) != ONE
     return changed
@@ -355,6 +355,32 @@ def scale_weights(job, sequence, head, key, count, padded, weights):
 
 
 @inline
+def plan_reads(kind, job, rows, vectors, terms, columns, begin):
+    """How K and V of a tile are read, and how cache lines are asked for ahead of time.
+
+    Returns (staged, key_lines, value_lines, direct). Lines are asked for while rows are staged, `staged` keys on, or at
+    each step of the products, so many of K and of V: these leave the memory idle else, and pages are found there, but
+    only tokens next to each other lie where the steps ask. direct: the rows of V are multiplied where they lie, as few
+    rows of queries are not worth staging them for.
+    """
+    size = size_of(kind)
+    dense = job.k_token == job.head_dim * size and job.v_token == job.v_head_dim * size
+    if job.table:
+        dense = dense and job.page_tokens % GROUP == 0 and begin % GROUP == 0
+    direct = rows <= DIRECT_ROWS and job.v_head_dim % WIDTH == 0 and dense
+    staged = key_lines = value_lines = 0
+    if job.ahead and dense:
+        value_lines = lines_per_step(GROUP * job.v_token, steps_of_columns(rows, columns))
+        if job.table or (rows > FEW_ROWS and size == 4):
+            key_lines = lines_per_step(GROUP * job.k_token, steps_of_rows(job.head_dim, vectors, terms))
+        else:
+            staged = job.ahead
+    elif not job.table:
+        staged = job.ahead
+    return staged, key_lines, value_lines, direct
+
+
+@inline
 def lines_per_step(size, steps):
     return (size // 64 + steps - 1) // steps
 
@@ -393,20 +419,7 @@ def run_task(q_kind, kv_kind, job, task, here):
         if job.mask_kind:
             find_mask_rows(job, sequence, head, first, rows, here + MASK_ROW)
 
-    # Cache lines to ask for ahead of time: V's, and K's where a row takes longer to arrive than to multiply, at each
-    # step of the products, which otherwise leave the memory idle; else K's while rows are staged.
-    staged = job.ahead if rows <= FEW_ROWS or size_of(kv_kind) < 4 else 0
-    key_lines = value_lines = 0
-    if job.ahead:
-        size = GROUP * size_of(kv_kind)
-        if staged == 0:
-            key_lines = lines_per_step(size * job.head_dim, steps_of_rows(job.head_dim, vectors, terms))
-        value_lines = lines_per_step(size * job.v_head_dim, steps_of_columns(rows, columns))
-    # Few rows of queries are not worth staging V for: its rows are multiplied where they lie.
-    direct = rows <= DIRECT_ROWS and job.v_head_dim % WIDTH == 0
-    if job.table:
-        direct = direct and job.page_tokens % GROUP == 0 and begin % GROUP == 0
-
+    staged, key_lines, value_lines, direct = plan_reads(kv_kind, job, rows, vectors, terms, columns, begin)
     block = min(MOST_KEYS, SCORE_FLOATS // padded // GROUP * GROUP)
     for key in range(begin, end, block):
         count = min(block, end - key)
@@ -447,7 +460,7 @@ def run_task(q_kind, kv_kind, job, task, here):
             else:
                 stage_rows(
                     kv_kind, values_of(job), value_scales_of(job), job.v_head_dim, job, sequence, head, key + group,
-                    some, staged, here + V_STAGE,
+                    some, 0 if job.table else job.ahead, here + V_STAGE,
                 )  # fmt: skip
                 product_columns(
                     sums, STAGE_BYTES, weights, 4 * padded, here + V_STAGE, STAGE_BYTES, some, rows, columns
@@ -485,7 +498,7 @@ def work(q_kind, kv_kind, address):
 
 
 def entry(build: str, q_kind: Kind, kv_kind: Kind) -> Any:
-    """For gqa.ops.compiled."""
+    """`work` for these kinds of numbers, as gqa.ops.compiled wants it."""
 
     def forward(job):
         build  # noqa: B018

@@ -458,16 +458,6 @@ def swap(typing: Any, vector: Any, distance: Any) -> Any:
     return VECTOR(VECTOR, distance), code
 
 
-@intrinsic
-def lane_numbers(typing: Any) -> Any:
-    """0, 1, 2, ... as float32."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(_VEC, [float(lane) for lane in range(WIDTH)])
-
-    return VECTOR(), code
-
-
 # Tiles
 
 
@@ -493,19 +483,19 @@ def zeros(typing: Any, rows: Any, columns: Any) -> Any:
 
 
 @intrinsic
-def load_tile(typing: Any, like: Any, address: Any, stride: Any) -> Any:
-    """A tile of the shape of `like` from memory; stride: bytes from row to row."""
+def add_tile(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
+    """A tile plus one of its shape from memory; stride: bytes from row to row."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, address, stride = arguments
         for i in range(signature.args[0].count):
             row = builder.add(address, builder.mul(stride, ir.IntType(64)(i)))
             for j in range(signature.args[0].dtype.count):
-                vector = _load_vector(builder, FP32, builder.add(row, ir.IntType(64)(j * VECTOR_BYTES)))
-                tile = builder.insert_value(tile, vector, [i, j])
+                other = _load_vector(builder, FP32, builder.add(row, ir.IntType(64)(j * VECTOR_BYTES)))
+                tile = builder.insert_value(tile, builder.fadd(_read(builder, tile, i, j), other), [i, j])
         return tile
 
-    return like(like, types.int64, types.int64), code
+    return tile(tile, types.int64, types.int64), code
 
 
 @intrinsic
@@ -522,21 +512,6 @@ def store_tile(typing: Any, tile: Any, address: Any, stride: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64), code
-
-
-@intrinsic
-def scale_rows(typing: Any, tile: Any, factors: Any) -> Any:
-    """Row i of a tile times the i-th float32 at an address."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, factors = arguments
-        for i in range(signature.args[0].count):
-            factor = _splat(builder, builder.load(_pointer(builder, builder.add(factors, ir.IntType(64)(4 * i)), _F32)))
-            for j in range(signature.args[0].dtype.count):
-                tile = builder.insert_value(tile, builder.fmul(_read(builder, tile, i, j), factor), [i, j])
-        return tile
-
-    return tile(tile, types.int64), code
 
 
 @intrinsic(prefer_literal=True)

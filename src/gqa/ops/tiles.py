@@ -4,7 +4,8 @@ Numbers are staged once into float32 rows of constant stride that stay in the fi
 strides or pages were; all products run on those. STAGE is odd in cache lines, so that rows do not compete for one set.
 """
 
-# One product, two ways to walk A; both sum over n outer products (`rank_one`):
+# One product, two ways to walk A; both sum n outer products (`rank_one`) from zero and only then add what C holds, so
+# that the rounding of a long sum grows with the roots of its parts:
 #   rows:    C[i, j] (+)= sum_r A[i, r] B[r, j]   A's rows are staged rows, r runs along them
 #   columns: C[i, j]  +=  sum_r A[r, i] B[r, j]   A's columns are neighbours, r runs down the rows
 
@@ -17,12 +18,12 @@ from gqa.ops.simd import (
     REGISTERS,
     VECTOR_BYTES,
     WIDTH,
+    add_tile,
     fold,
     inline,
     jit,
     load_as,
     load_scalar,
-    load_tile,
     prefetch,
     rank_one,
     rank_shared,
@@ -78,8 +79,6 @@ def stage_row(kind, source, columns, target, factor, ahead=0):
 
 @inline
 def _rows(tile, c, c_stride, a, b, b_stride, n, add, ahead, lines):
-    if add:
-        tile = load_tile(tile, c, c_stride)
     for _ in range(n):
         tile = rank_one(FP32, tile, a, STAGE, b)
         a += 4
@@ -87,12 +86,13 @@ def _rows(tile, c, c_stride, a, b, b_stride, n, add, ahead, lines):
         for _ in range(lines):
             prefetch(ahead)
             ahead += 64
+    if add:
+        tile = add_tile(tile, c, c_stride)
     store_tile(tile, c, c_stride)
 
 
 @inline
 def _columns(kind, tile, c, c_stride, a, a_stride, b, b_stride, n, ahead, lines):
-    tile = load_tile(tile, c, c_stride)
     for _ in range(n):
         tile = rank_one(kind, tile, a, 1, b)
         a += a_stride
@@ -100,7 +100,7 @@ def _columns(kind, tile, c, c_stride, a, a_stride, b, b_stride, n, ahead, lines)
         for _ in range(lines):
             prefetch(ahead)
             ahead += 64
-    store_tile(tile, c, c_stride)
+    store_tile(add_tile(tile, c, c_stride), c, c_stride)
 
 
 @jit
