@@ -38,7 +38,7 @@ from gqa.record import Record, describe_machine, read_record
 from gqa.source import open_source
 
 COMMAND = "benchmark cpu"
-STEPS = 8  # of a model: tenths of a second each
+STEPS = 16  # of a model: tenths of a second each
 RESULTS = Path(__file__).with_name("results")
 
 
