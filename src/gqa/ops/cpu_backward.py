@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa.ops.job import viewer
+from gqa.ops.job import fields, places, viewer
 from gqa.ops.rows import (
     LOG2_E,
     NEGATIVE,
@@ -77,24 +77,20 @@ _INTEGERS = """
 class Job(ctypes.Structure):
     """One call: addresses, strides (bytes) and options. Absent tensors are 0. The first two fields are counters."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _INTEGERS.split()),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    )
+    _fields_ = fields(_INTEGERS, "scale softcap")
 
 
 view = viewer(Job)
 
 
-def _layout() -> dict[str, int]:
-    """Where each part of a worker's scratch begins, and what it needs in all, in bytes."""
-    panels = -(-MAX_ROWS // PANEL_ROWS) * PANEL_BYTES * 256
-    sizes = {
+_PANELS = -(-MAX_ROWS // PANEL_ROWS) * PANEL_BYTES * 256
+# A worker's scratch.
+_PLACES = places(
+    {
         "Q_ROWS": MAX_ROWS * STAGE_BYTES,
         "DO_ROWS": MAX_ROWS * STAGE_BYTES,
-        "Q_PANELS": panels,
-        "DO_PANELS": panels,
+        "Q_PANELS": _PANELS,
+        "DO_PANELS": _PANELS,
         "K_ROWS": BLOCK * STAGE_BYTES,
         "V_ROWS": BLOCK * STAGE_BYTES,
         "SCORES": BLOCK * STAGE_BYTES,
@@ -109,14 +105,7 @@ def _layout() -> dict[str, int]:
         "END_KEY": 8 * MAX_ROWS,
         "MASK_ROWS": 8 * MAX_ROWS,
     }
-    places, end = {}, 0
-    for name, size in sizes.items():
-        places[name] = end
-        end += -(-size // 64) * 64
-    return {**places, "SCRATCH_BYTES": end}
-
-
-_PLACES = _layout()
+)
 Q_ROWS, DO_ROWS, Q_PANELS, DO_PANELS, DQ_ROWS, K_ROWS, V_ROWS = (
     _PLACES[name] for name in ("Q_ROWS", "DO_ROWS", "Q_PANELS", "DO_PANELS", "DQ_ROWS", "K_ROWS", "V_ROWS")
 )

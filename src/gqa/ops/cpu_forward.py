@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from gqa.ops.job import viewer
+from gqa.ops.job import fields, places, viewer
 from gqa.ops.rows import LOG2_E, LOWEST, NEGATIVE, ZERO, find_mask_rows, limits, load_bias, visible_range
 from gqa.ops.simd import (
     FP32,
@@ -88,19 +88,15 @@ _INTEGERS = """
 class Job(ctypes.Structure):
     """One call: addresses, strides (bytes) and options. Absent tensors are 0. The first two fields are counters."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _INTEGERS.split()),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-    )
+    _fields_ = fields(_INTEGERS, "scale softcap")
 
 
 view = viewer(Job)
 
 
-def _layout() -> dict[str, int]:
-    """Where each part of a worker's scratch begins, and what it needs in all, in bytes."""
-    sizes = {
+# A worker's scratch.
+_PLACES = places(
+    {
         "QUERIES": 4 * (STAGE * MAX_ROWS),
         "SCORES": 4 * SCORE_FLOATS,
         "BIAS": 4 * SCORE_FLOATS,
@@ -117,14 +113,7 @@ def _layout() -> dict[str, int]:
         "END_KEY": 8 * MAX_ROWS,
         "MASK_ROW": 8 * MAX_ROWS,
     }
-    places, end = {}, 0
-    for name, size in sizes.items():
-        places[name] = end
-        end += -(-size // 64) * 64
-    return {**places, "SCRATCH_BYTES": end}
-
-
-_PLACES = _layout()
+)
 QUERIES, SCORES, BIAS, K_STAGE, V_STAGE, SUMS = (
     _PLACES[name] for name in ("QUERIES", "SCORES", "BIAS", "K_STAGE", "V_STAGE", "SUMS")
 )

@@ -66,3 +66,20 @@ def viewer(structure: type[ctypes.Structure]) -> Any:
         return job(types.voidptr), code
 
     return view
+
+
+def fields(integers: str, doubles: str) -> tuple[tuple[str, Any], ...]:
+    """The `_fields_` of a structure from the names of its int64 and float64 fields."""
+    return (
+        *((name, ctypes.c_int64) for name in integers.split()),
+        *((name, ctypes.c_double) for name in doubles.split()),
+    )
+
+
+def places(sizes: dict[str, int]) -> dict[str, int]:
+    """Where each part of a worker's scratch begins, on a cache line each, in bytes; and SCRATCH_BYTES for all."""
+    result, end = {}, 0
+    for name, size in sizes.items():
+        result[name] = end
+        end += -(-size // 64) * 64
+    return {**result, "SCRATCH_BYTES": end}

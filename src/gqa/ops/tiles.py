@@ -137,6 +137,21 @@ def product_rows(c, c_stride, a, b, b_stride, n, vectors, add, ahead=0, lines=0)
                 ahead += 64 * lines * n
 
 
+@inline
+def _strip(kind, many, one, height, c, c_stride, a, a_stride, b, b_stride, n, rows, ahead, lines):
+    """`_columns` down all rows, with tiles of `height` rows as long as there are so many. Returns `ahead` moved on."""
+    i = 0
+    while rows - i >= height:
+        _columns(kind, many, c + i * c_stride, c_stride, a + 4 * i, a_stride, b, b_stride, n, ahead, lines)
+        ahead += 64 * lines * n
+        i += height
+    while rows > i:
+        _columns(kind, one, c + i * c_stride, c_stride, a + 4 * i, a_stride, b, b_stride, n, ahead, lines)
+        ahead += 64 * lines * n
+        i += 1
+    return ahead
+
+
 @jit
 def product_columns_of(kind, c, c_stride, a, a_stride, b, b_stride, n, rows, vectors, ahead=0, lines=0):
     """C (rows, vectors * WIDTH) += A^T B for A (n, rows) and B of a kind. Strides in bytes."""
@@ -145,71 +160,19 @@ def product_columns_of(kind, c, c_stride, a, a_stride, b, b_stride, n, rows, vec
     if WIDE:
         while vectors - j >= 4:
             here, there = c + j * VECTOR_BYTES, b + j * wide
-            i = 0
-            while rows - i >= 4:
-                _columns(
-                    kind,
-                    zeros(4, 4),
-                    here + i * c_stride,
-                    c_stride,
-                    a + 4 * i,
-                    a_stride,
-                    there,
-                    b_stride,
-                    n,
-                    ahead,
-                    lines,
-                )
-                ahead += 64 * lines * n
-                i += 4
-            while rows > i:
-                _columns(
-                    kind,
-                    zeros(1, 4),
-                    here + i * c_stride,
-                    c_stride,
-                    a + 4 * i,
-                    a_stride,
-                    there,
-                    b_stride,
-                    n,
-                    ahead,
-                    lines,
-                )
-                ahead += 64 * lines * n
-                i += 1
+            ahead = _strip(
+                kind, zeros(4, 4), zeros(1, 4), 4, here, c_stride, a, a_stride, there, b_stride, n, rows, ahead, lines
+            )
             j += 4
     while vectors - j >= 2:
         here, there = c + j * VECTOR_BYTES, b + j * wide
-        i = 0
-        while rows - i >= 4:
-            _columns(
-                kind, zeros(4, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
-            )
-            ahead += 64 * lines * n
-            i += 4
-        while rows > i:
-            _columns(
-                kind, zeros(1, 2), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
-            )
-            ahead += 64 * lines * n
-            i += 1
+        ahead = _strip(
+            kind, zeros(4, 2), zeros(1, 2), 4, here, c_stride, a, a_stride, there, b_stride, n, rows, ahead, lines
+        )
         j += 2
     if vectors > j:
         here, there = c + j * VECTOR_BYTES, b + j * wide
-        i = 0
-        while rows - i >= 8:
-            _columns(
-                kind, zeros(8, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
-            )
-            ahead += 64 * lines * n
-            i += 8
-        while rows > i:
-            _columns(
-                kind, zeros(1, 1), here + i * c_stride, c_stride, a + 4 * i, a_stride, there, b_stride, n, ahead, lines
-            )
-            ahead += 64 * lines * n
-            i += 1
+        _strip(kind, zeros(8, 1), zeros(1, 1), 8, here, c_stride, a, a_stride, there, b_stride, n, rows, ahead, lines)
 
 
 @inline
