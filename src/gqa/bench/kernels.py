@@ -81,8 +81,8 @@ def measure(
     probes = {_READ: limits.read, _SGEMM: limits.sgemm, _MULTIPLY: limits.multiply}
     turns |= {name: lambda _, probe=probe: probe.run() for name, probe in probes.items()}
     # The check has been a first run for all; a prefill is too long for more of them.
-    often = {"warm_up": 0, "run_up": 0} if problem.causal else {"warm_up": 2, "run_up": 1}
-    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, **often)
+    warm_up, run_up = (0, 0) if problem.causal else (2, 1)
+    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, warm_up=warm_up, run_up=run_up)
     read, sgemm, multiply = (probe.amount / timed[name].p50 for name, probe in probes.items())
     rates = {
         "read_bytes_per_second": read,
