@@ -57,7 +57,7 @@ from numba import cfunc, types
 from gqa.ops import simd
 
 simd.REGISTERS = 32
-from gqa.ops import cpu_forward, tiles
+from gqa.ops import cpu_backward, cpu_forward, tiles
 
 def ir(function, *arguments):
     return cfunc(types.void(*arguments))(function).inspect_llvm()
@@ -67,7 +67,10 @@ def stage(kind):
         tiles.stage_row(kind, source, columns, target, factor)
     return ir(copy, types.int64, types.int64, types.int64, types.float32)
 
-kernels = {"forward": ir(cpu_forward.entry("", simd.FP32, simd.FP32), types.voidptr)}
+kernels = {
+    "forward": ir(cpu_forward.entry("", simd.FP32, simd.FP32), types.voidptr),
+    "backward": ir(cpu_backward.entry("", simd.FP32), types.voidptr),
+}
 print(json.dumps(kernels | {kind.name: stage(kind) for kind in (simd.BF16, simd.FP16, simd.INT8)}))
 """
 
@@ -91,8 +94,9 @@ def multiply_adds(loop):
     return len(re.findall(r"\tfmla\tv\d+\.4s, ", loop))
 
 
-def test_products_are_neon_multiply_adds_in_registers(kernels):
-    loops = inner_loops(assembly(kernels["forward"]))
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_products_are_neon_multiply_adds_in_registers(kernel, kernels):
+    loops = inner_loops(assembly(kernels[kernel]))
     # Scores and sums, each in tiles of several shapes, and the lanes shared by few rows; exponentials convert.
     products = [loop for loop in loops if multiply_adds(loop) >= 8 and "\tfcvt" not in loop]
     assert len(products) >= 6

@@ -10,6 +10,7 @@ import math
 import torch
 
 from gqa.errors import GqaError
+from gqa.ops.check import MAX_HEAD_DIM
 from gqa.units import DTYPE_BYTES, MIB, dtype_bytes
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +46,8 @@ class Problem:
                 raise GqaError(f"{field} must be positive", got=getattr(self, field), allowed="1 or more")
         if self.query_heads % self.kv_heads:
             raise GqaError(f"{self.kv_heads} KV heads do not divide {self.query_heads} query heads")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise GqaError("a head dim is too large", got=self.head_dim, allowed=f"at most {MAX_HEAD_DIM}")
         if self.query_tokens not in (1, self.context_tokens):
             raise GqaError(
                 "a timed attention is decode or a whole prefill",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from gqa.cache.check import Form, check_capacity, check_crop, check_form, form_of
 
 
-class GrowingLayer:
+class GrowingLayer(ABC):
     """One layer's tokens, in a few tensors (B, H, capacity, ...) that grow together along their tokens.
 
     The first append says batch, heads, head dims, dtype and device, and allocates `capacity` tokens or what it
@@ -42,13 +43,13 @@ class GrowingLayer:
         """Sequences; 0 before the first append."""
         return self._blocks[0].shape[0] if self._blocks else 0
 
+    @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> Any:
         """Add k (B, H, T, D) and v (B, H, T, Dv); return them behind all that was held, as attention reads them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self) -> Any:
         """The keys and values held, as attention reads them."""
-        raise NotImplementedError
 
     def span(self, tokens: int) -> tuple[int, int]:
         """How many keys the next append of so many tokens returns, and the position of the first of them."""

@@ -142,7 +142,8 @@ def _settings(shape: ModelShape | None, heads: str | None, kv_heads: str | None)
             check_kv_heads(shape, setting)
         elif setting not in choices:
             raise GqaError(
-                f"{setting} KV heads do not divide {query_heads} query heads", allowed=choices or "1 or more"
+                f"{setting} KV heads do not divide {query_heads} query heads",
+                allowed=", ".join(map(str, choices)) or "1 or more",
             )
     return query_heads, wanted
 
