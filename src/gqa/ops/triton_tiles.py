@@ -77,10 +77,7 @@ def place(
     """The row of the table that serves these tensors on this device."""
     assert kernel in KERNELS, kernel
     width = next(most for most in HEAD_DIMS if max(head_dim, v_head_dim) <= most)
-    if kernel == "decode" and kv_dtype == torch.int8:
-        kind = "8"
-    else:
-        kind = "32" if dtype == torch.float32 else "16"
+    kind = "8" if kernel == "decode" and kv_dtype == torch.int8 else "32" if dtype == torch.float32 else "16"
     return Place(kernel, nearest(capability), width, kind)
 
 
