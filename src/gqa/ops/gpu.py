@@ -1,0 +1,293 @@
+"""The Triton forward as a function of torch tensors: a call's strides, options and shares of the GPU into launches."""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim of q, k · Dv head dim of v
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from gqa.ops.call import dense, like_queries
+from gqa.ops.launch import Launch
+from gqa.ops.triton_tiles import tile
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_ROWS = 64  # packed rows up to which a call is bound by memory
+SPLIT_KEYS = 256  # a split's keys at least
+MOST_SPLITS = 128
+GOOD_FILL = 0.85  # of the best share of the GPU that any number of splits keeps busy
+
+
+def unserved(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> str | None:
+    """The first thing asked for that the kernels cannot do, or None."""
+    if not installed():
+        return "a machine without Triton"
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
+        return f"tensors on {q.device.type}"
+    if q.dtype not in DTYPES:
+        return str(q.dtype)
+    if q.device.type == "cuda" and capability(q.device) < 80:
+        return "a GPU of compute capability below 8.0"
+    if torch.is_grad_enabled():
+        for name, x in (("mask", mask), ("k_scale", k_scale), ("v_scale", v_scale)):
+            if x is not None and x.requires_grad:
+                return f"a {name} that requires grad"
+        if k_scale is not None and q.requires_grad:
+            return "gradients through int8 keys and values"
+    return None
+
+
+@functools.cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1, set before Triton is imported."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """10 * major + minor of the GPU; of an H100 where the interpreter stands for one."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # some, so that tiny shapes are split
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    q: torch.Tensor,  # (B, H*G, T, D)
+    k: torch.Tensor,  # (B, H, S, D), or a pool (blocks, H, block, D)
+    v: torch.Tensor,  # (B, H, S, Dv), or a pool (blocks, H, block, Dv)
+    causal: bool,
+    q_start: int | None,
+    q_starts: torch.Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_lengths: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    q_offsets: torch.Tensor | None,
+    k_offsets: torch.Tensor | None,
+    want_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, H*G, T, Dv) in q's dtype, and lse (B, H*G, T) float32, or (0) without `want_lse`.
+
+    The options are those of `gqa.attention`. With q_offsets and k_offsets, (N + 1) each, B is 1 and N sequences lie end
+    to end; without q_start each of them is aligned bottom-right.
+    """
+    launches, out, lse = plan_forward(
+        q, k, v, causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths, kv_starts, block_table,
+        k_scale, v_scale, q_offsets, k_offsets, want_lse,
+        capability=capability(q.device), multiprocessors=multiprocessors(q.device),
+    )  # fmt: skip
+    with on_device(q):
+        for launch in launches:
+            launch.run()
+    return out, lse
+
+
+def on_device(q: torch.Tensor) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device_of(q) if q.device.type == "cuda" else torch.no_grad()
+
+
+def plan_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    q_start: int | None,
+    q_starts: torch.Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_lengths: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    q_offsets: torch.Tensor | None,
+    k_offsets: torch.Tensor | None,
+    want_lse: bool,
+    *,
+    capability: int,
+    multiprocessors: int,
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+    """The kernels of `forward` in order, and where they write out and lse. Nothing is run: meta tensors will do."""
+    from gqa.ops import triton_forward
+
+    B, HG, T, D = q.shape
+    H, Dv = k.shape[1], v.shape[3]
+    S = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+    group = HG // H
+    if scale < 0:
+        q, scale = -q, -scale
+    q, k, v = dense(q), dense(k), dense(v)
+    out = like_queries(q, Dv)
+    lse = q.new_empty((B, HG, T) if want_lse else (0,), dtype=torch.float32)
+
+    rows = T * group
+    few = rows <= FEW_ROWS and q_offsets is None
+    shape = tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
+    tiles = -(-rows // shape.block_rows)
+    splits = 1
+    if q_offsets is not None:
+        tiles += q_offsets.shape[0] - 1  # the last tile of each sequence may be partly filled
+    else:
+        splits = choose_splits(B * H * tiles, S, multiprocessors * (2 if few else 1))
+    parts = part_lse = None
+    if splits > 1:
+        parts = q.new_empty((splits, B, H, rows, Dv), dtype=torch.float32)
+        part_lse = q.new_empty((splits, B, H, rows), dtype=torch.float32)
+
+    places = {
+        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("out", out),
+        "lse_batch": HG * T, "lse_head": T,
+    }  # fmt: skip
+    attend = Launch(
+        triton_forward.attend,
+        (tiles * splits, H, B),
+        {
+            "q": q, "k": k, "v": v, "out": out, "lse": lse if want_lse else None, **places,
+            "group": group, "query_tokens": T, "key_tokens": S, "scale": scale or 1e-30, "softcap": softcap,
+            **positions(causal, q_start, q_starts, window, kv_lengths, kv_starts),
+            "sinks": None if sinks is None else sinks.contiguous(),
+            **describe_mask(mask, q, S),
+            "table": None if block_table is None else dense_rows(block_table),
+            "table_batch": None if block_table is None else dense_rows(block_table).stride(0),
+            **_scale("k_scale", k_scale), **_scale("v_scale", v_scale),
+            **ragged(q_offsets, k_offsets, T, S),
+            "splits": splits, "parts": parts, "part_lse": part_lse,
+            "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": padded(D), "V_DIMS": padded(Dv),
+            "PAGE": 0 if block_table is None else k.shape[2],
+            "PRECISION": precision(q.dtype),
+            "BLOCK_ROWS": shape.block_rows, "BLOCK_KEYS": shape.block_keys, "FEW_ROWS": few,
+        },
+        shape.warps,
+        shape.stages,
+    )  # fmt: skip
+    if splits == 1:
+        return [attend], out, lse
+    join = Launch(
+        triton_forward.join,
+        (rows, H, B),
+        {
+            "parts": parts, "part_lse": part_lse, "out": out, "lse": lse if want_lse else None,
+            **{name: places[name] for name in ("out_batch", "out_head", "out_token", "lse_batch", "lse_head")},
+            "group": group, "splits": splits,
+            "V_HEAD_DIM": Dv, "V_DIMS": padded(Dv), "SPLITS": padded(splits), "AT_ONCE": 16,
+        },
+        4,
+        1,
+    )  # fmt: skip
+    return [attend, join], out, lse
+
+
+def choose_splits(tiles: int, key_tokens: int, places: int) -> int:
+    """Over how many programs to share the keys of each tile.
+
+    tiles: programs without splitting; places: programs that the GPU holds at a time. A GPU is used best where the last
+    round of programs is nearly full; of all that come close to the best the fewest is chosen, as every split is written
+    and read once more. (FlashAttention's rule; https://github.com/Dao-AILab/flash-attention, hopper/heuristics.h.)
+    """
+    most = min(MOST_SPLITS, max(1, key_tokens // SPLIT_KEYS), max(1, 2 * places // tiles))
+    filled = [tiles * n / (-(-tiles * n // places) * places) for n in range(1, most + 1)]
+    return next(n for n, share in enumerate(filled, start=1) if share >= GOOD_FILL * max(filled))
+
+
+def padded(size: int) -> int:
+    """The least power of two that holds `size` and that a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: on tensor cores in three products of tf32 parts, to about fp32's precision. Others as is."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def positions(
+    causal: bool,
+    q_start: int | None,
+    q_starts: torch.Tensor | None,
+    window: int | None,
+    kv_lengths: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The kernels' arguments that say which query sees which key."""
+    tensors = {"q_starts": q_starts, "kv_lengths": kv_lengths, "kv_starts": kv_starts}
+    given = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    return given | {"q_start": q_start, "window": window, "CAUSAL": causal}
+
+
+def describe_mask(mask: torch.Tensor | None, q: torch.Tensor, key_tokens: int) -> dict[str, Any]:
+    """The mask as bytes or float32, with the strides of (B, H*G, T, S)."""
+    names = ("mask_batch", "mask_head", "mask_token", "mask_key")
+    if mask is None:
+        return {"mask": None} | dict.fromkeys(names)
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float()
+    mask = mask.expand(*q.shape[:3], key_tokens)
+    return {"mask": mask} | dict(zip(names, mask.stride(), strict=True))
+
+
+def ragged(
+    q_offsets: torch.Tensor | None, k_offsets: torch.Tensor | None, query_tokens: int, key_tokens: int
+) -> dict[str, Any]:
+    """The kernels' arguments that cut tokens into sequences."""
+    if q_offsets is None or k_offsets is None:
+        none = dict.fromkeys(("q_offsets", "k_offsets", "sequences", "total_queries", "total_keys"))
+        return none | {"SEQUENCES": 1}
+    sequences = q_offsets.shape[0] - 1
+    return {
+        "q_offsets": q_offsets.contiguous(),
+        "k_offsets": k_offsets.contiguous(),
+        "sequences": sequences,
+        "total_queries": query_tokens,
+        "total_keys": key_tokens,
+        "SEQUENCES": padded(sequences),
+    }
+
+
+def dense_rows(table: torch.Tensor) -> torch.Tensor:
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+    batch, head, token, _ = x.stride()
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
+
+
+def _scale(name: str, scale: torch.Tensor | None) -> dict[str, Any]:
+    names = (f"{name}_batch", f"{name}_head", f"{name}_token")
+    if scale is None:
+        return {name: None} | dict.fromkeys(names)
+    return {name: scale} | dict(zip(names, scale.stride(), strict=True))
