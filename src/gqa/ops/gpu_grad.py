@@ -1,0 +1,147 @@
+"""The Triton backward as a function of torch tensors: a call's strides and options into launches."""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim of q, k · Dv head dim of v
+
+from __future__ import annotations
+
+import torch
+
+from gqa.ops import gpu
+from gqa.ops.call import dense, like_queries, whole
+from gqa.ops.launch import Launch
+from gqa.ops.triton_tiles import tile
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def backward(
+    q: torch.Tensor,  # (B, H*G, T, D)
+    k: torch.Tensor,  # (B, H, S, D)
+    v: torch.Tensor,  # (B, H, S, Dv)
+    out: torch.Tensor,  # (B, H*G, T, Dv)
+    lse: torch.Tensor,  # (B, H*G, T), float32
+    d_out: torch.Tensor,  # (B, H*G, T, Dv)
+    d_lse: torch.Tensor | None,  # (B, H*G, T)
+    causal: bool,
+    q_start: int | None,
+    q_starts: torch.Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_lengths: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    q_offsets: torch.Tensor | None = None,
+    k_offsets: torch.Tensor | None = None,
+) -> Gradients:
+    """The gradients of q, k, v and sinks, (0) without sinks, each in its tensor's dtype; options as in the forward.
+
+    With q_offsets and k_offsets, (N + 1) each, B is 1 and N sequences lie end to end; without q_start each of them is
+    aligned bottom-right. Two calls with the same arguments give the same bits.
+    """
+    launches, (dq, dk, dv, d_sinks) = plan_backward(
+        q, k, v, out, lse, d_out, d_lse, causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths,
+        kv_starts, q_offsets, k_offsets, capability=gpu.capability(q.device),
+    )  # fmt: skip
+    with gpu.on_device(q):
+        for launch in launches:
+            launch.run()
+    if sinks is not None:
+        delta = launches[0].arguments["delta"]
+        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)
+        d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
+    return dq, dk, dv, d_sinks
+
+
+def plan_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    causal: bool,
+    q_start: int | None,
+    q_starts: torch.Tensor | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    kv_lengths: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    q_offsets: torch.Tensor | None = None,
+    k_offsets: torch.Tensor | None = None,
+    *,
+    capability: int,
+) -> tuple[list[Launch], Gradients]:
+    """The kernels of `backward` in order, and what they write; d_sinks is left to `backward`, from the first's delta.
+
+    Nothing is run: meta tensors will do.
+    """
+    from gqa.ops import triton_backward
+
+    B, HG, T, D = q.shape
+    H, S, Dv = k.shape[1], k.shape[2], v.shape[3]
+    group = HG // H
+    assert q_offsets is None or mask is None, "ragged batches have no mask"
+    results = gradients(q, k, v, sinks, q_offsets)
+    dq, dk, dv, _ = results
+    q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
+    delta = lse.new_empty(B, HG, T, dtype=torch.float32)
+
+    ragged = gpu.ragged(q_offsets, k_offsets, T, S)
+    options = {
+        **_tensors(q=q, k=k, v=v, d_out=d_out),
+        "lse": whole(lse, torch.float32), "delta": delta, "lse_batch": HG * T, "lse_head": T,
+        "kv_heads": H, "group": group, "query_tokens": T, "key_tokens": S, "scale": scale, "softcap": softcap,
+        **gpu.positions(causal, q_start, q_starts, window, kv_lengths, kv_starts),
+        **gpu.describe_mask(mask, q, S),
+        **(ragged if q_offsets is not None else ragged | {"sequences": B}),
+        "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": gpu.padded(D), "V_DIMS": gpu.padded(Dv),
+        "PRECISION": gpu.precision(q.dtype),
+    }  # fmt: skip
+    # The last tile of each ragged sequence may be partly filled.
+    more = 0 if q_offsets is None else q_offsets.shape[0] - 1
+    units = B * H
+    launches = []
+    for name, kernel, tokens_of_tile, own in (
+        ("backward_rows", triton_backward.differentiate_rows, T * group, {
+            **_tensors(out=out, dq=dq), "d_lse": None if d_lse is None else whole(d_lse, torch.float32),
+        }),
+        ("backward_keys", triton_backward.differentiate_keys, S, _tensors(dk=dk, dv=dv)),
+    ):  # fmt: skip
+        shape = tile(name, capability, D, Dv, q.dtype, k.dtype, T * group)
+        block = shape.block_rows if kernel is triton_backward.differentiate_rows else shape.block_keys
+        grid = ((-(-tokens_of_tile // block) + more) * units, 1, 1)
+        sizes = {"BLOCK_ROWS": shape.block_rows, "BLOCK_KEYS": shape.block_keys}
+        launches.append(Launch(kernel, grid, options | own | sizes, shape.warps, shape.stages))
+    return launches, results
+
+
+def gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    q_offsets: torch.Tensor | None = None,
+) -> Gradients:
+    """Room for what `backward` returns, each with heads and tokens in its tensor's order.
+
+    Zeros in ragged batches: behind the last offset there may be tokens that belong to no sequence.
+    """
+    results = like_queries(q, q.shape[3]), like_queries(k, k.shape[3]), like_queries(v, v.shape[3])
+    if q_offsets is not None:
+        results = tuple(x.zero_() for x in results)
+    return *results, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+def _tensors(**tensors: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """The kernels' arguments that say where tensors (batch, head, token, dim) lie."""
+    arguments: dict[str, torch.Tensor | int] = {}
+    for name, x in tensors.items():
+        batch, head, token, _ = x.stride()
+        arguments |= {name: x, f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
+    return arguments
