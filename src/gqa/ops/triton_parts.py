@@ -101,5 +101,5 @@ def tanh(x):
     series = series * square + 2 / 15
     series = series * square - 1 / 3
     near = x + x * square * series
-    far = 1 - 2 / (tl.exp2(2 * LOG2_E * x) + 1)
+    far = 1 - 2 / (tl.exp2(x * (2 * LOG2_E)) + 1)
     return tl.where(tl.abs(x) < 0.3, near, far)
