@@ -20,9 +20,28 @@ def mask_of(*, tokens: int, keys: int, seen: int, **options: Any) -> Any:
 
 
 def noted(mask):
+    """The note on a mask that leaves nothing to a mask."""
     known = plain(mask)
     assert known is not None
-    return known.kv_starts.tolist(), known.q_start
+    assert known.seen is None
+    return known.kv_starts.tolist(), known.kv_lengths.tolist(), known.q_start
+
+
+def meaning(known, tokens, keys):
+    """The mask (B, 1, T, S) that a note describes."""
+    key, query = torch.arange(keys), torch.arange(tokens)[:, None]
+    seen = (key >= known.kv_starts[:, None]) & (key < known.kv_lengths[:, None])
+    seen = seen[:, None, None].expand(-1, 1, tokens, -1)
+    if known.q_start is not None:
+        seen = seen & (key <= known.q_start + query)
+    return seen if known.seen is None else seen & known.seen
+
+
+@pytest.fixture(params=["read", "not read"])
+def unread(request, monkeypatch):
+    """Also as on a device where the host would have to wait for a mask's values."""
+    monkeypatch.setattr(gqa.model.mask, "_readable", lambda mask: request.param == "read")
+    return request.param == "not read"
 
 
 def test_a_single_query_that_sees_every_key_needs_no_mask():
@@ -35,44 +54,58 @@ def test_a_single_query_that_sees_every_key_needs_no_mask():
     assert mask_of(tokens=1, keys=WINDOW, seen=19, attention_mask=padding, **window) is None  # it has left the window
 
 
-def test_what_is_hidden_in_front_is_noted():
+def test_what_is_hidden_in_front_and_behind_is_noted():
     window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
     mask = mask_of(tokens=1, keys=WINDOW + 1, seen=19, **window)
-    assert noted(mask) == ([1, 1], None)
+    assert noted(mask) == ([1, 1], [WINDOW + 1] * 2, None)
     assert mask[1, 0, 0].tolist() == [False] + [True] * WINDOW
 
     padding = torch.ones(2, 20, dtype=torch.bool)
     padding[1, :3] = False
     mask = mask_of(tokens=1, keys=20, seen=19, attention_mask=padding)
-    assert noted(mask) == ([0, 3], None)
+    assert noted(mask) == ([0, 3], [20, 20], None)
     assert torch.equal(mask[:, 0, 0], padding)
 
     mask = mask_of(tokens=20, keys=20, seen=0, attention_mask=padding)
-    assert noted(mask) == ([0, 3], 0)
+    assert noted(mask) == ([0, 3], [20, 20], 0)
     assert torch.equal(mask, padding[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril())
     later = mask_of(tokens=6, keys=20, seen=14, attention_mask=padding)
-    assert noted(later) == ([0, 3], 14)
+    assert noted(later) == ([0, 3], [20, 20], 14)
     assert torch.equal(later, mask[:, :, 14:])
+
+    padding[0, 16:] = False
+    assert noted(mask_of(tokens=20, keys=20, seen=0, attention_mask=padding)) == ([0, 3], [16, 20], 0)
+    # a static cache: places behind the last token
+    mask = attention_mask(2, 1, 20, torch.tensor(9), attention_mask=torch.arange(20).expand(2, 20) < 10)
+    assert noted(mask) == ([0, 0], [10, 10], None)
+
+
+def test_a_note_means_its_mask(unread):
+    """With holes in it, with a row that is all padding, for one query and for many."""
+    torch.manual_seed(0)
+    padding = torch.rand(2, 20) < 0.7
+    padding[1] = False
+    for tokens in (1, 6, 20):
+        mask = mask_of(tokens=tokens, keys=20, seen=20 - tokens, attention_mask=padding)
+        assert torch.equal(meaning(plain(mask), tokens, 20), mask)
+    padding[:] = True
+    padding[0, :3] = False
+    mask = mask_of(tokens=6, keys=20, seen=14, attention_mask=padding)
+    known = plain(mask)
+    assert known is not None
+    assert (known.seen is not None) == unread
+    assert torch.equal(meaning(known, 6, 20), mask)
 
 
 def test_no_other_pattern_is_noted():
-    padding = torch.ones(2, 20, dtype=torch.bool)
-    padding[0, 5] = False
-    behind = torch.ones(2, 20, dtype=torch.bool)
-    behind[0, -2:] = False
     window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
     left = torch.ones(2, 20, dtype=torch.bool)
     left[0, :2] = False
     for mask in (
-        mask_of(tokens=1, keys=20, seen=19, attention_mask=padding),
-        mask_of(tokens=20, keys=20, seen=0, attention_mask=padding),
-        mask_of(tokens=20, keys=20, seen=0, attention_mask=behind),
         mask_of(tokens=20, keys=20, seen=0, attention_mask=left, **window),
         mask_of(tokens=20, keys=20, seen=0, attention_mask=left, allow_is_causal_skip=False),
         mask_of(tokens=6, keys=20, seen=14),
-        # a static cache: places behind the last token
-        attention_mask(2, 1, 20, torch.tensor(9), attention_mask=torch.arange(20).expand(2, 20) < 10),
-        attention_mask(2, 6, 20, torch.tensor(0), attention_mask=left),
+        attention_mask(2, 6, 20, torch.tensor(0), attention_mask=left),  # a static cache
         attention_mask(2, 6, 20, 0, attention_mask=left),
     ):
         assert mask is not None
@@ -92,7 +125,7 @@ def test_a_changed_mask_has_no_note():
 def test_chunks_that_hide_keys_in_front():
     chunk = {"mask_function": chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64)), "local_size": 8}
     chunked = mask_of(tokens=1, keys=8, seen=19, **chunk)  # position 19 is the fourth of its chunk
-    assert noted(chunked) == ([4, 4], None)
+    assert noted(chunked) == ([4, 4], [8, 8], None)
     assert chunked[0, 0, 0].tolist() == [False] * 4 + [True] * 4
 
 
@@ -103,14 +136,16 @@ def test_a_caller_that_wants_a_mask_gets_one():
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt-oss-sinks-window"])
-def test_masks_reach_the_op_only_where_a_prompt_meets_a_window(name, monkeypatch):
-    masked = []
+def test_wide_masks_reach_the_op_only_where_a_prompt_meets_a_window(name, unread, monkeypatch):
+    masked, rows = [], []
 
     def spy(query, *args, mask=None, **options):
-        masked.append(query.shape[2] if mask is not None else 0)
+        if mask is not None:
+            (rows if mask.shape[2] == 1 else masked).append(query.shape[2])
         return gqa.attention(query, *args, mask=mask, **options)
 
     monkeypatch.setattr(hf, "attention", spy)
     assert torch.equal(greedy(served_model(name, "gqa"), prompts()), eager_tokens(name, True))
     windows = {"llama-gqa": 0, "mistral-window": 2, "gpt-oss-sinks-window": 1}[name]
-    assert [tokens for tokens in masked if tokens] == [PROMPT_TOKENS] * windows
+    assert masked == [PROMPT_TOKENS] * windows
+    assert bool(rows) == unread

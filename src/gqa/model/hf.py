@@ -78,8 +78,13 @@ def attention_forward(
             options = {"causal": True, "q_start": 0}
     elif (known := plain(attention_mask)) is not None:
         assert isinstance(key, Stored) or attention_mask.shape[3] == key.shape[2]
-        attention_mask = None
-        options = {"causal": known.q_start is not None, "q_start": known.q_start, "kv_starts": known.kv_starts}
+        attention_mask = known.seen
+        options = {
+            "causal": known.q_start is not None,
+            "q_start": known.q_start,
+            "kv_starts": known.kv_starts,
+            "kv_lengths": known.kv_lengths,
+        }
     if isinstance(key, Stored):
         assert isinstance(value, Stored)
         key, value, attention_mask = _read(key, value, attention_mask, options)
@@ -105,12 +110,8 @@ def _read(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The tensors of stored keys and values, and the mask as wide as they are; what goes with them joins the options
     of the op."""
-    options |= {
-        "k_scale": key.scale,
-        "v_scale": value.scale,
-        "block_table": key.block_table,
-        "kv_lengths": key.lengths,
-    }
+    lengths = options.pop("kv_lengths", key.lengths)  # a mask ends no later than what is stored
+    options |= {"k_scale": key.scale, "v_scale": value.scale, "block_table": key.block_table, "kv_lengths": lengths}
     tokens = key.data.shape[2] if key.block_table is None else key.data.shape[2] * key.block_table.shape[1]
     if mask is not None and mask.shape[3] < tokens:
         mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[3]))  # False: the room behind the last key

@@ -13,11 +13,14 @@ _PLAIN = "_gqa_plain"
 
 
 class Plain(NamedTuple):
-    """A mask in the op's own terms: sequence b sees keys from kv_starts[b] on, (B,); with q_start also none behind
-    the query's own position, which is q_start for the first. The kernel then skips what a mask would only hide."""
+    """A mask in the op's own terms: sequence b sees the keys from kv_starts[b] up to kv_lengths[b], both (B,); with
+    q_start, which is the first query's position, none behind a query's own; and of these, where there is `seen`
+    (B, 1, 1, S), those that it is True for. The kernel then skips what a mask would only hide."""
 
     kv_starts: torch.Tensor
+    kv_lengths: torch.Tensor
     q_start: int | None
+    seen: torch.Tensor | None
 
 
 def attention_mask(
@@ -35,28 +38,30 @@ def attention_mask(
     """transformers' mask interface: a boolean mask (B, 1, T, S), or None where attention needs none.
 
     It is transformers' own for SDPA, which knows padding, windows, chunks, static caches and packed position_ids, and
-    says None where the rest can be told from the shapes. Two things are added, for masks of the usual patterns on the
-    CPU, where reading them costs microseconds once per step: None for a single query that sees every key, and a note
-    on the mask, for `plain`, where all it hides lies in front (left padding, a token that has left the window).
+    says None where the rest can be told from the shapes. Two things are added for masks of the usual patterns: a note
+    on the mask, for `plain`; and on the CPU, where reading it costs microseconds once per step, None for a single
+    query that sees every key. Elsewhere reading it would make the host wait for the device, so it is not read.
     """
     mask = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
         allow_is_causal_skip, **options,
     )  # fmt: skip
-    if mask is None or not allow_is_causal_skip or mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if mask is None or not allow_is_causal_skip or torch.compiler.is_compiling():
         return mask
     if q_length == 1:
-        if mask.all():
+        if _readable(mask) and mask.all():
             return None
-        visible, q_start = mask[:, 0, 0], None
+        seen, q_start = mask[:, 0, 0], None
     else:
         # All keys from the first to the query's own are there: the last query sits at the last key.
         whole = isinstance(q_offset, int) and q_offset + q_length == kv_length
         if mask_function is not causal_mask_function or attention_mask is None or not whole:
             return mask
-        visible, q_start = attention_mask[:, :kv_length].bool(), q_offset
-    if visible.shape == (batch_size, kv_length) and (starts := _starts(visible)) is not None:
-        setattr(mask, _PLAIN, Plain(starts, q_start))
+        seen, q_start = attention_mask[:, :kv_length].bool(), q_offset
+    if seen.shape == (batch_size, kv_length):
+        starts, lengths = _ends(seen)
+        told = _readable(mask) and _between(starts, lengths, seen)
+        setattr(mask, _PLAIN, Plain(starts, lengths, q_start, None if told else seen[:, None, None]))
     return mask
 
 
@@ -65,8 +70,17 @@ def plain(mask: torch.Tensor | None) -> Plain | None:
     return getattr(mask, _PLAIN, None)
 
 
-def _starts(visible: torch.Tensor) -> torch.Tensor | None:
-    """The first True of each row of (B, S), if no False follows it; else None."""
-    starts = visible.byte().argmax(dim=1)
-    keys = torch.arange(visible.shape[1])
-    return starts if torch.equal(visible, keys >= starts[:, None]) else None
+def _readable(mask: torch.Tensor) -> bool:
+    return mask.device.type == "cpu"
+
+
+def _ends(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of (B, S): the first True, and one past the last; all of a row without any."""
+    flags = seen.byte()
+    return flags.argmax(dim=1), seen.shape[1] - flags.flip(1).argmax(dim=1)
+
+
+def _between(starts: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Whether each row of (B, S) is True between its ends throughout."""
+    keys = torch.arange(seen.shape[1])
+    return torch.equal(seen, (keys >= starts[:, None]) & (keys < lengths[:, None]))
