@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from gqa.ops.gpu import plan_forward
+from gqa.ops.gpu_grad import plan_backward
 from gqa.ops.launch import Launch
-from gqa.ops.triton_tiles import CAPABILITIES, DECODE_ROWS, HEAD_DIMS, Tile, tile
+from gqa.ops.triton_tiles import CAPABILITIES, DECODE_ROWS, HEAD_DIMS
 
 B, H, S = 16, 8, 8192
 MULTIPROCESSORS = 132  # of an H200; decides only how many programs share a tile's keys
@@ -27,7 +28,7 @@ QUERIES = {  # packed rows -> (T, G)
     64: (8, 8),
     2048: (512, 4),
 }
-CALLS = {"decode": DECODE_ROWS, "forward": (2048,)}
+CALLS = {"decode": DECODE_ROWS, "forward": (2048,), "backward": (2048,)}
 OPTIONS = {
     "decode": (
         *("window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "paged", "unsplit"),
@@ -36,6 +37,10 @@ OPTIONS = {
     "forward": (
         *("full", "window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "paged"),
         *("split", "fp16", "D 96", "Dv 64", "no lse", "int8", "int8 fp32", "ragged", "strided"),
+    ),
+    "backward": (
+        *("full", "window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "fp16"),
+        *("D 96", "Dv 64", "lse", "ragged", "strided"),
     ),
 }
 
@@ -88,43 +93,34 @@ def plan(case: Case) -> list[Launch]:
         T = 1
     q = _meta(case.dtype, B, H * G, T, case.head_dim)
     k, v = (_meta(case.kv_dtype, B, H, S, dim) for dim in (case.head_dim, case.v_head_dim))
-    options: dict[str, Any] = {
-        **dict.fromkeys(("q_start", "q_starts", "window", "softcap", "mask", "sinks", "kv_lengths", "kv_starts")),
-        **dict.fromkeys(("block_table", "k_scale", "v_scale", "q_offsets", "k_offsets")),
-        "causal": T > 1,
-        "scale": 0.125,
-        "want_lse": True,
-    }
-    options |= _int8(case) | _option(case.option, T, G)
-    if "paged" in case.option:
-        pages = B * S // PAGE
-        k, v = (_meta(case.kv_dtype, pages, H, PAGE, x.shape[3]) for x in (k, v))
-        if options["k_scale"] is not None:
-            options |= {name: _meta("fp32", pages, H, PAGE) for name in ("k_scale", "v_scale")}
     if case.option == "strided":  # as a model's projections leave them
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     if case.option == "ragged":
         q, k, v = (x[:1] for x in (q, k, v))
+    names = ("q_start", "q_starts", "window", "softcap", "mask", "sinks", "kv_lengths", "kv_starts")
+    options: dict[str, Any] = {
+        **dict.fromkeys((*names, "q_offsets", "k_offsets")),
+        "causal": T > 1,
+        "scale": 0.125,
+        **_option(case.option, T, G),
+    }
+    if case.call == "backward":
+        out = q.new_empty(*q.shape[:3], case.v_head_dim)
+        lse = _meta("fp32", *q.shape[:3])
+        d_lse = lse if case.option == "lse" else None
+        return plan_backward(q, k, v, out, lse, out, d_lse, **options, capability=case.capability)[0]
+
+    options = {"block_table": None, "k_scale": None, "v_scale": None, "want_lse": case.option != "no lse"} | options
+    if "paged" in case.option:
+        k, v = (_meta(case.kv_dtype, B * S // PAGE, H, PAGE, x.shape[3]) for x in (k, v))
+    if case.kv_dtype == "int8":
+        options["k_scale"] = options["v_scale"] = _meta("fp32", *k.shape[:3])
     multiprocessors = {"unsplit": 1, "split": 10 * B * H}.get(case.option, MULTIPROCESSORS)
-    launches, _, _ = plan_forward(q, k, v, **options, capability=case.capability, multiprocessors=multiprocessors)
-    return launches
-
-
-def tile_of(case: Case, kernel: str) -> Tile:
-    """The table's tile for one of the case's kernels."""
-    return tile(
-        kernel, case.capability, case.head_dim, case.v_head_dim, KINDS[case.dtype], KINDS[case.kv_dtype], case.rows
-    )
+    return plan_forward(q, k, v, **options, capability=case.capability, multiprocessors=multiprocessors)[0]
 
 
 def _meta(dtype: str, *shape: int) -> torch.Tensor:
     return torch.empty(shape, device="meta", dtype=KINDS[dtype])
-
-
-def _int8(case: Case) -> dict[str, Any]:
-    if case.kv_dtype != "int8":
-        return {}
-    return {name: _meta("fp32", B, H, S) for name in ("k_scale", "v_scale")}
 
 
 def _option(option: str, T: int, G: int) -> dict[str, Any]:
@@ -142,7 +138,6 @@ def _option(option: str, T: int, G: int) -> dict[str, Any]:
         "starts": {"kv_lengths": number, "kv_starts": number},
         "q_starts": {"causal": True, "q_starts": number},
         "paged": {"block_table": torch.empty(B, S // PAGE, device="meta", dtype=torch.int32), "kv_lengths": number},
-        "no lse": {"want_lse": False},
         "ragged": {"q_offsets": offsets, "k_offsets": offsets},
     }
     return changes.get(option.removeprefix("int8 "), {})

@@ -62,8 +62,10 @@ def row_of(case: Case, launch: Launch) -> dict[str, Any]:
     """Compile one launch; what it is, what stands in the machine code, and what follows from that."""
     begun = time.perf_counter()
     compiled = compile_for(case.capability, launch)
-    block_keys = launch.arguments.get("BLOCK_KEYS", 0)
-    binary = examine(compiled, NAMES[case.kv_dtype], block_keys)
+    kernel = launch.kernel.fn.__name__
+    block_keys = launch.arguments.get("BLOCK_KEYS")
+    streamed = launch.arguments.get("BLOCK_ROWS" if kernel == "differentiate_keys" else "BLOCK_KEYS", 0)
+    binary = examine(compiled, NAMES[case.kv_dtype], streamed)
     chip = CHIPS[case.capability]
     blocks = blocks_at_once(chip, launch.warps, binary.registers, binary.shared_bytes)
     scales = 8 if case.kv_dtype == "int8" else 0
@@ -71,9 +73,9 @@ def row_of(case: Case, launch: Launch) -> dict[str, Any]:
     figures["matrix"] = " ".join(binary.matrix)
     figures["load_bits"] = " ".join(f"{bits}" for bits in binary.load_bits)
     row = dataclasses.asdict(case) | {
-        "kernel": launch.kernel.fn.__name__,
+        "kernel": kernel,
         "block_rows": launch.arguments.get("BLOCK_ROWS"),
-        "block_keys": block_keys or None,
+        "block_keys": block_keys,
         "warps": launch.warps,
         "stages": launch.stages,
         **figures,
