@@ -7,6 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 import gqa
 from gqa.cache.contiguous import ContiguousCache
+from gqa.cache.int8 import Int8Cache
+from gqa.cache.paged import PagedCache
 from gqa.errors import GqaError
 
 
@@ -39,17 +41,37 @@ def test_equals_llama_attention(kv_heads, bias):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_decoding_with_a_cache_equals_the_full_forward(window):
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    # A row of keys or values is off by at most 1/254 of its largest number in int8, and outputs average over rows.
+    [(ContiguousCache, 1e-12), (PagedCache, 1e-12), (Int8Cache, 0.02)],
+)
+def test_decoding_with_a_cache_equals_the_full_forward(kind, tolerance, window):
     torch.manual_seed(0)
     module = gqa.GroupedQueryAttention(42, 6, 2, 10, window=window).double()
-    x = torch.randn(2, 12, 42, dtype=torch.float64)
+    x = torch.randn(2, 19, 42, dtype=torch.float64)
     with torch.no_grad():
         want = module(x)
-        cache = ContiguousCache()
+        cache = kind()
         steps = [x[:, :5], x[:, 5:8], *x[:, 8:].split(1, dim=1)]
         got = torch.cat([module(step, cache=cache) for step in steps], dim=1)
-    assert cache.length == 12
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert cache.length == 19
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [ContiguousCache, PagedCache])
+def test_a_mask_over_what_a_cache_holds(kind):
+    torch.manual_seed(0)
+    module = gqa.GroupedQueryAttention(24, 6, 2).double()
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    mask = torch.arange(6) > 1
+    with torch.no_grad():
+        cache = kind()
+        module(x[:, :4], cache=cache)
+        for one in (mask, mask.expand(2, 1, 2, 6), torch.zeros(6, dtype=torch.float64).masked_fill(~mask, -torch.inf)):
+            torch.testing.assert_close(module(x[:, 4:], cache=cache, mask=one), module(x, mask=mask)[:, 4:])
+            cache.crop(4)
+        torch.testing.assert_close(module(x[:, 4:], cache=cache, mask=torch.ones(1, 1)), module(x)[:, 4:])
 
 
 def test_without_positions_and_without_causality_the_order_of_keys_does_not_matter():

@@ -14,6 +14,7 @@ Source: Kwon et al. 2023, arXiv 2309.06180.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,15 @@ class Step:
     offsets: torch.Tensor  # (B, T) its place in there
     table: torch.Tensor  # (B, max_blocks)
     lengths: torch.Tensor  # (B,) the new tokens included
+    _copies: dict[torch.device, Step] = field(default_factory=dict, init=False, repr=False)
+
+    def on(self, device: torch.device) -> Step:
+        """The same for the layers on another device: copied there once for all of them."""
+        if device == self.table.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Step(*_copies((self.blocks, self.offsets, self.table, self.lengths), device))
+        return self._copies[device]
 
 
 @dataclass(slots=True)
@@ -142,10 +152,7 @@ class BlockPool:
             one.blocks.extend(taken[begin : begin + count])
             one.length += tokens
             begin += count
-        table, lengths = self._table(held)
-        positions = lengths[:, None] - tokens + np.arange(tokens)
-        blocks = np.take_along_axis(table, positions // self.block, axis=1)
-        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)))
+        return self._step(held, tokens)
 
     def check(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Raise GqaError when k (B, H, T, D) and v (B, H, T, Dv) do not go together or with what the layer holds, or
@@ -168,9 +175,9 @@ class BlockPool:
             shape = (self.num_blocks, H, self.block)
             self._layers[layer] = _empty((*shape, k.shape[3]), k), _empty((*shape, v.shape[3]), v)
             self._forms[layer] = form_of(k, v)._replace(batch=None)
-        where = step.blocks.to(k.device), step.offsets.to(k.device)
+        places = step.on(k.device)
         for pool, new in zip(self._layers[layer], (k, v), strict=True):
-            pool.transpose(1, 2).index_put_(where, new.transpose(1, 2))
+            pool.transpose(1, 2).index_put_((places.blocks, places.offsets), new.transpose(1, 2))
         return self.read(layer, step)
 
     def append(self, sequences: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
@@ -193,12 +200,15 @@ class BlockPool:
 
     def stored(self, layer: int, sequences: Sequence[int]) -> tuple[Stored, Stored]:
         """Keys and values of these sequences in one layer, as attention reads them."""
-        table, lengths = self._table([self._held(sequence) for sequence in sequences])
-        return self._as_read(layer, torch.from_numpy(table), torch.from_numpy(lengths))
+        return self.read(layer, self._step([self._held(sequence) for sequence in sequences], 0))
 
     def read(self, layer: int, step: Step) -> tuple[Stored, Stored]:
         """The same for the sequences of a step, while none of them has changed since."""
-        return self._as_read(layer, step.table, step.lengths)
+        if layer not in self._layers:
+            raise GqaError("nothing was written to this layer", got=layer, allowed=sorted(self._layers))
+        keys, values = self._layers[layer]
+        places = step.on(keys.device)
+        return Stored(keys, None, places.table, places.lengths), Stored(values, None, places.table, places.lengths)
 
     def enlarge(self, num_blocks: int) -> None:
         """Have at least so many blocks; what is held moves to larger tensors."""
@@ -237,12 +247,15 @@ class BlockPool:
             raise GqaError("the pool has no such sequence", got=sequence, allowed="from allocate() or fork()")
         return self._sequences[sequence]
 
-    def _table(self, held: list[_Held]) -> tuple[np.ndarray, np.ndarray]:
-        """The block table (B, max_blocks) and the lengths (B,)."""
+    def _step(self, held: list[_Held], tokens: int) -> Step:
+        """Where the last `tokens` of each of these are, and all of them."""
         table = np.full((len(held), max((len(one.blocks) for one in held), default=0)), _NOWHERE, np.int64)
         for row, one in zip(table, held, strict=True):
             row[: len(one.blocks)] = one.blocks
-        return table, np.array([one.length for one in held], np.int64)
+        lengths = np.array([one.length for one in held], np.int64)
+        positions = lengths[:, None] - tokens + np.arange(tokens)
+        blocks = np.take_along_axis(table, positions // self.block, axis=1)
+        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)))
 
     def _shared_tails(self, held: list[_Held]) -> list[_Held]:
         """Those whose last block has room, but others have it too: they need a copy to write to.
@@ -288,12 +301,19 @@ class BlockPool:
             for pool in pools:
                 pool[targets] = pool[sources]
 
-    def _as_read(self, layer: int, table: torch.Tensor, lengths: torch.Tensor) -> tuple[Stored, Stored]:
-        if layer not in self._layers:
-            raise GqaError("nothing was written to this layer", got=layer, allowed=sorted(self._layers))
-        keys, values = self._layers[layer]
-        table, lengths = table.to(keys.device), lengths.to(keys.device)
-        return Stored(keys, None, table, lengths), Stored(values, None, table, lengths)
+
+def _copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """int64 tensors of the host, copied to a device in one transfer that the host does not wait for.
+
+    Each begins at a multiple of 16 bytes there, as kernels are compiled anew for addresses that do not.
+    """
+    ends = list(itertools.accumulate(x.numel() + x.numel() % 2 for x in tensors))
+    packed = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
+    places = list(zip([0, *ends], tensors, strict=False))
+    for begin, x in places:
+        packed[begin : begin + x.numel()] = x.flatten()
+    there = packed.to(device, non_blocking=True)
+    return [there[begin : begin + x.numel()].view(x.shape) for begin, x in places]
 
 
 def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -52,3 +52,21 @@ def _not_a_tensor(asked: str) -> NotATensorError:
         allowed='attn_implementation="gqa" in transformers, or gqa.attention',
         hint='gqa.hf.register(), then load the model with attn_implementation="gqa"; or GqaCache(kind="contiguous")',
     )
+
+
+def operands(
+    key: torch.Tensor | Stored, value: torch.Tensor | Stored, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor | None]]:
+    """What `gqa.attention` takes for what a cache returned: k, v, a mask as wide as they are, and more options.
+
+    mask: over the S tokens held, (..., S) or broadcast over them, in the last of any number of dimensions.
+    """
+    if not isinstance(key, Stored):
+        assert isinstance(value, torch.Tensor)
+        return key, value, mask, {}
+    assert isinstance(value, Stored)
+    room = key.data.shape[2] if key.block_table is None else key.data.shape[2] * key.block_table.shape[1]
+    if mask is not None and 1 < mask.shape[-1] < room:
+        mask = torch.nn.functional.pad(mask, (0, room - mask.shape[-1]))  # lengths hide the room behind the last key
+    options = {"k_scale": key.scale, "v_scale": value.scale, "block_table": key.block_table, "kv_lengths": key.lengths}
+    return key.data, value.data, mask, options

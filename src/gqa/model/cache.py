@@ -18,15 +18,24 @@ from gqa.errors import GqaError
 
 
 class GqaCacheLayer(CacheLayerMixin):
-    """One layer of a `GqaCache`. `keys` and `values` are what it holds, as attention reads it: views of the tokens
-    (contiguous), or `Stored`."""
+    """One layer of a `GqaCache`."""
 
     is_croppable = True
 
     def __init__(self, block: ContiguousLayer | Int8Layer | PagedLayer) -> None:
-        super().__init__()
+        # transformers' __init__ would only set keys and values.
         self.block: Any = block
+        self.is_initialized = False
         self.is_sliding = not isinstance(block, PagedLayer) and block.window is not None
+
+    @property
+    def keys(self) -> Any:
+        """What it holds, as attention reads it: a view of the tokens (contiguous), or `Stored`."""
+        return self.block.stored()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Any:
+        return self.block.stored()[1] if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.update(key_states[:, :, :0], value_states[:, :, :0])
@@ -36,7 +45,6 @@ class GqaCacheLayer(CacheLayerMixin):
             key_states = key_states.to(value_states.dtype)
         seen = self.block.append(key_states, value_states)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.refresh()
         return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -48,11 +56,6 @@ class GqaCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1  # transformers' word for: grows without end
-
-    def refresh(self) -> None:
-        """After a change to the cache."""
-        if self.is_initialized:
-            self.keys, self.values = self.block.stored()
 
     def reset(self) -> None:
         raise _whole("reset")
@@ -125,12 +128,10 @@ class GqaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """transformers counts backwards: -2 removes the last two tokens."""
         self.store.crop(self.store.length - abs(tokens_to_remove))
-        self._refresh()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.store.reset()
-        self._refresh()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -140,15 +141,9 @@ class GqaCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.store.select(indices)
-        self._refresh()
 
     def _new_layer(self) -> GqaCacheLayer:
         return GqaCacheLayer(self.store.layer(len(self.layers)))
-
-    def _refresh(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, GqaCacheLayer):
-                layer.refresh()
 
 
 _GROWING = {"contiguous": ContiguousCache, "int8": Int8Cache}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from gqa.cache.stored import Stored
+from gqa.cache.stored import Stored, operands
 from gqa.errors import GqaError
 from gqa.model import default_cache
 from gqa.model.cache import GqaCache, GqaCacheLayer
@@ -85,11 +85,9 @@ def attention_forward(
             "kv_starts": known.kv_starts,
             "kv_lengths": known.kv_lengths,
         }
-    if isinstance(key, Stored):
-        assert isinstance(value, Stored)
-        key, value, attention_mask = _read(key, value, attention_mask, options)
-    assert isinstance(value, torch.Tensor)
-    out = attention(query, key, value, scale=scaling, softcap=softcap, mask=attention_mask, sinks=s_aux, **options)
+    keys, values, attention_mask, stored = operands(key, value, attention_mask)
+    options = stored | options  # the lengths of a mask are no more than those of what is stored
+    out = attention(query, keys, values, scale=scaling, softcap=softcap, mask=attention_mask, sinks=s_aux, **options)
     return out.transpose(1, 2).contiguous(), None  # for one query this moves nothing
 
 
@@ -103,16 +101,3 @@ def _as_under_autocast(
     assert isinstance(value, torch.Tensor)
     dtype = torch.get_autocast_dtype(query.device.type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _read(
-    key: Stored, value: Stored, mask: torch.Tensor | None, options: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The tensors of stored keys and values, and the mask as wide as they are; what goes with them joins the options
-    of the op."""
-    lengths = options.pop("kv_lengths", key.lengths)  # a mask ends no later than what is stored
-    options |= {"k_scale": key.scale, "v_scale": value.scale, "block_table": key.block_table, "kv_lengths": lengths}
-    tokens = key.data.shape[2] if key.block_table is None else key.data.shape[2] * key.block_table.shape[1]
-    if mask is not None and mask.shape[3] < tokens:
-        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[3]))  # False: the room behind the last key
-    return key.data, value.data, mask

@@ -4,10 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from gqa.cache.contiguous import ContiguousCache
+from gqa.cache.int8 import Int8Cache
+from gqa.cache.paged import PagedCache
+from gqa.cache.stored import operands
 from gqa.errors import GqaError
 from gqa.ops.api import attention
 
@@ -67,7 +72,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         x: torch.Tensor,
         *,
-        cache: ContiguousCache | None = None,
+        cache: ContiguousCache | Int8Cache | PagedCache | None = None,
         layer: int = 0,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -84,9 +89,12 @@ class GroupedQueryAttention(nn.Module):
         if self.rope_theta is not None:
             cos, sin = rotary_angles(past, x.shape[1], self.head_dim, self.rope_theta, x.dtype, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        options: dict[str, Any] = {}
         if cache is not None:
-            k, v = cache.update(layer, k, v)
-        out = attention(q, k, v, causal=self.causal, q_start=past, window=self.window, mask=mask, impl=self.impl)
+            keys, values = cache.update(layer, k, v)
+            k, v, mask, options = operands(keys, values, mask)
+        options |= {"causal": self.causal, "q_start": past, "window": self.window, "mask": mask, "impl": self.impl}
+        out = attention(q, k, v, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
