@@ -106,8 +106,9 @@ def test_turns_go_round_the_copies(limits):
 
 
 def test_figures_follow_from_the_times():
-    rates = {"roofline_seconds": 3.0, "limit_seconds": 2.0}
-    row = figures(Seconds(3.0, 4.0, 5.0, 7), rates, Seconds(1.0, 2.0, 3.0, 7))
+    problem = Problem(8, 2, 16, 63)
+    rates = {"read_bytes_per_second": 5.0, "roofline_seconds": 3.0, "limit_seconds": 2.0}
+    row = figures(problem, Seconds(3.0, 4.0, 5.0, 7), rates, Seconds(1.0, 2.0, 3.0, 7))
     assert row == {
         "seconds_p20": 3.0,
         "seconds_p50": 4.0,
@@ -115,9 +116,11 @@ def test_figures_follow_from_the_times():
         "repeats": 7,
         "fraction_of_roofline": 0.75,
         "fraction_of_limit": 0.5,
+        "kv_bytes_per_second": problem.kv_bytes / 4,
+        "flops_per_second": problem.flops / 4,
         "times_of_gqa": 2.0,
     }
-    assert figures(Seconds(3.0, 4.0, 5.0, 7), rates, None)["times_of_gqa"] is None
+    assert figures(problem, Seconds(3.0, 4.0, 5.0, 7), rates, None)["times_of_gqa"] is None
 
 
 def test_the_dial_measures_every_stop(limits, monkeypatch):

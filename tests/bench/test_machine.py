@@ -23,7 +23,7 @@ def test_the_fastest_probe_is_taken(monkeypatch):
     probes = [Probe("few", 10, lambda: None), Probe("many", 900, lambda: None), Probe("slow", 1000, lambda: None)]
     times = {"few": 1.0, "many": 3.0, "slow": 5.0}
     monkeypatch.setattr(
-        machine, "take_turns", lambda contenders, repeats: {name: Seconds(0, times[name], 9, 1) for name in contenders}
+        machine, "take_turns", lambda turns, repeats, clock: {name: Seconds(0, times[name], 9, 1) for name in turns}
     )
     best, rate = fastest(probes, repeats=1)
     assert (best.name, rate) == ("many", 300)

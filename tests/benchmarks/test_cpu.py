@@ -26,7 +26,7 @@ def cpu(script, monkeypatch) -> Any:
     monkeypatch.setattr(module, "headline", lambda: PROBLEMS)
     monkeypatch.setattr(module, "peers", lambda: (dict(TORCH), {"jax": "jax not installed"}))
     monkeypatch.setattr(module, "time_generation", lambda *_: None)
-    monkeypatch.setattr("gqa.bench.run.commit", lambda: "0123456789ab")
+    monkeypatch.setattr("gqa.bench.document.commit", lambda: "0123456789ab")
     return module
 
 
@@ -76,7 +76,9 @@ def test_a_stopped_run_goes_on(cpu, tmp_path, monkeypatch, capsys):
     assert measured[2:] == PROBLEMS[1:]
     rows = read_record(path).results["attention"]
     assert rows[: len(first)] == first
-    assert [problem for problem in PROBLEMS if cpu.Run(path, {}, {}, {}, list(rows)).has(problem)] == PROBLEMS
+    assert [
+        problem for problem in PROBLEMS if cpu.Run(path, "", {}, {}, {}, attention=list(rows)).has(problem)
+    ] == PROBLEMS
     capsys.readouterr()
 
 
@@ -84,7 +86,7 @@ def test_rows_of_another_commit_are_not_mixed(cpu, tmp_path, monkeypatch, capsys
     path = tmp_path / "cpu.json"
     cpu.main(arguments(path, "--only", "D 16 S 64"))
     assert len(read_record(path).results["attention"]) == len(TORCH) + 1
-    monkeypatch.setattr("gqa.bench.run.commit", lambda: "ba9876543210")
+    monkeypatch.setattr("gqa.bench.document.commit", lambda: "ba9876543210")
     with pytest.raises(SystemExit, match="is of commit 0123456789ab"):
         cpu.main(arguments(path, "--append"))
     capsys.readouterr()
@@ -99,7 +101,7 @@ def test_generation_rows_are_measured_once(script, tmp_path, monkeypatch, capsys
         return tiny_llama(dtype=dtype)
 
     monkeypatch.setattr(module, "random_model", small_model)
-    run = module.Run(tmp_path / "cpu.json", {"model": "llama-3.2-1b"}, {}, {})
+    run = module.Run(tmp_path / "cpu.json", "benchmark cpu", {"model": "llama-3.2-1b"}, {}, {})
     for _ in range(2):
         module.time_generation(run, (5, 20), ("fp32", "bf16"), layers=4, repeats=1)
     assert built == [(4, torch.float32), (4, torch.bfloat16)]

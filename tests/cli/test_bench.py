@@ -10,7 +10,7 @@ from gqa.bench import machine
 from gqa.bench.kernels import OURS, TORCH
 from gqa.cli.main import main
 
-SMALL = ("--context", "63", "--repeats", "2", "--impl", "reference")
+SMALL = ("--context", "63", "--repeats", "2", "--impl", "reference", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_json_is_one_record(bench):
     document = read(out)
     assert document["command"] == "bench"
     assert document["inputs"]["context_tokens"] == 63
-    assert set(document["inputs"]) >= {"commit", "dtype", "impl", "repeats", "model", "layers"}
+    assert set(document["inputs"]) >= {"commit", "device", "dtype", "impl", "repeats", "model", "layers"}
     assert {"torch", "numpy", "numba"} <= set(document["versions"])
     machine = document["results"]["machine"]
     assert machine["read_bytes_per_second"] > 0

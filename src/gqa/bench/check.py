@@ -1,7 +1,7 @@
 """The gate before the clock: how far a result is from float64, and how far it may be.
 
-The oracle here is a textbook softmax over whole score matrices, one head at a time so that float64 copies stay small,
-and it shares no code with what is timed.
+The oracle here is a textbook softmax over whole score matrices, a few heads at a time so that float64 copies stay
+small, computed where the inputs are. It shares no code with what is timed.
 """
 
 # B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim
@@ -14,10 +14,12 @@ import math
 import torch
 
 from gqa.bench.problem import Inputs
+from gqa.units import MIB
 
 FP32_ROUNDING = 2.0**-24
 STRETCHES = 64
 LEAST_STRETCH = 16  # the first row of dq is zero, and a limit of zero would be none
+GPU_PART_BYTES = 512 * MIB  # of keys in float64: many heads at once, as each operation costs its launch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,21 +58,18 @@ def answer(inputs: Inputs) -> Answer:
     added up. Results of a wrong head, or without some of the keys, are off by far more.
     """
     problem = inputs.problem
-    B, H = inputs.k.shape[:2]
-    G, S = problem.query_heads // H, problem.context_tokens
-    shapes = [inputs.q.shape]
-    if problem.backward:
-        shapes += [inputs.q.shape, inputs.k.shape, inputs.v.shape]
-    exact = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
-    rounding = [torch.zeros(1) for _ in shapes]
-    for b in range(B):
-        for h in range(H):
-            heads = slice(h * G, (h + 1) * G)  # query head n reads KV head n // G
-            places = (heads, heads, slice(h, h + 1), slice(h, h + 1))
-            pairs = zip(_head(inputs, b, h, torch.float64), _head(inputs, b, h, problem.query_dtype), strict=True)
-            for index, (right, plain) in enumerate(pairs):
-                exact[index][b, places[index]] = right
-                rounding[index] = torch.maximum(rounding[index], _largest(plain[None].double() - right[None]))
+    G, S = problem.query_heads // problem.kv_heads, problem.context_tokens
+    results = [inputs.q, inputs.q, inputs.k, inputs.v] if problem.backward else [inputs.q]
+    exact = tuple(torch.empty(x.shape, dtype=torch.float64, device=x.device) for x in results)
+    rounding = [torch.zeros(1, device=inputs.q.device) for _ in results]
+    everything, at_once = problem.batch * problem.kv_heads, _heads_at_once(inputs)
+    for start in range(0, everything, at_once):
+        part = slice(start, start + at_once)
+        pairs = zip(_heads(inputs, part, torch.float64), _heads(inputs, part, problem.query_dtype), strict=True)
+        for index, (right, plain) in enumerate(pairs):
+            # Query head n reads KV head n // G, so the heads of all sequences in a row are groups in a row.
+            exact[index].view(everything, -1, *right.shape[2:])[part] = right
+            rounding[index] = torch.maximum(rounding[index], _largest(plain.double() - right))
     keys = S**0.5 * FP32_ROUNDING
     heads = keys + G**0.5 * torch.finfo(problem.query_dtype).eps / 2
     allowed = tuple(
@@ -87,38 +86,54 @@ def _largest(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.amax() for part in per_token.split(stretch)])
 
 
-def _head(inputs: Inputs, b: int, h: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """All about one KV head of one sequence in a dtype: out (G, T, D), or out, dq, dk (1, S, D) and dv (1, S, D)."""
+def _heads_at_once(inputs: Inputs) -> int:
+    """How many KV heads the oracle takes together. Score matrices of a prefill fill a device on their own."""
+    problem = inputs.problem
+    if inputs.q.device.type == "cpu" or problem.causal:
+        return 1
+    return max(1, GPU_PART_BYTES // (problem.context_tokens * problem.head_dim * torch.float64.itemsize))
+
+
+def _heads(inputs: Inputs, part: slice, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """All about n of the B*H KV heads in a dtype: out (n, G, T, D), or out, dq, dk (n, 1, S, D) and dv (n, 1, S, D)."""
     problem = inputs.problem
     G = problem.query_heads // problem.kv_heads
-    q, k, v = inputs.q[b, h * G : (h + 1) * G].to(dtype), inputs.k[b, h].to(dtype), inputs.v[b, h].to(dtype)
+
+    def of_part(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(0, 1)[part]
+
+    def queries(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, G, *x.shape[2:])[part].to(dtype)
+
+    q, k, v = queries(inputs.q), of_part(inputs.k).to(dtype), of_part(inputs.v).to(dtype)
     if inputs.k_scale is not None and inputs.v_scale is not None:
         # The numbers that int8 stands for are exact in fp32 only, so they are rounded once.
         wide = torch.promote_types(dtype, torch.float32)
-        k = (k.to(wide) * inputs.k_scale[b, h, :, None].to(wide)).to(dtype)
-        v = (v.to(wide) * inputs.v_scale[b, h, :, None].to(wide)).to(dtype)
+        k = (k.to(wide) * of_part(inputs.k_scale)[..., None].to(wide)).to(dtype)
+        v = (v.to(wide) * of_part(inputs.v_scale)[..., None].to(wide)).to(dtype)
     if inputs.grad is None and not problem.causal:
-        return (_textbook(q[:, 0], k, v, causal=False)[:, None],)  # all G query heads see the same keys
+        return (_textbook(q[:, :, 0], k, v, causal=False)[:, :, None],)  # all G query heads see the same keys
     if inputs.grad is None:
-        return (torch.stack([_textbook(query, k, v, causal=problem.causal) for query in q]),)
+        return (torch.stack([_textbook(query, k, v, causal=problem.causal) for query in q.unbind(1)], dim=1),)
     outs, dqs = [], []
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    for query, grad in zip(q, inputs.grad[b, h * G : (h + 1) * G].to(dtype), strict=True):
+    for query, grad in zip(q.unbind(1), queries(inputs.grad).unbind(1), strict=True):
         leaves = [x.detach().requires_grad_() for x in (query, k, v)]
         out = _textbook(*leaves, causal=problem.causal)
         gradients = torch.autograd.grad(out, leaves, grad)
         outs.append(out.detach())
         dqs.append(gradients[0])
         dk, dv = dk + gradients[1], dv + gradients[2]
-    return torch.stack(outs), torch.stack(dqs), dk[None], dv[None]
+    return torch.stack(outs, dim=1), torch.stack(dqs, dim=1), dk[:, None], dv[:, None]
 
 
 def _textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """softmax(q kT / sqrt(D)) v of one query head: q (T, D), k and v (S, D)."""
+    """softmax(q kT / sqrt(D)) v of one query head per KV head: q (n, T, D), k and v (n, S, D)."""
     scores = _product(q, k.mT) * q.shape[-1] ** -0.5
     if causal:
-        T = len(scores)
-        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        T = q.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
     return _product(torch.softmax(scores, dim=-1), v)
 
 

@@ -1,4 +1,7 @@
-"""Attention kernels against each other and against the machine, each behind a check against float64."""
+"""Attention kernels against each other and against the machine, each behind a check against float64.
+
+The limits say where: inputs are made on their device, and their clock times it.
+"""
 
 # B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim
 
@@ -6,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from gqa.bench.check import Answer, answer
+from gqa.bench.gpu import GpuLimits
 from gqa.bench.machine import Limits
 from gqa.bench.problem import Inputs, Problem, copies_for_cold_caches, random_inputs
-from gqa.bench.timing import Seconds, take_turns
+from gqa.bench.timing import Seconds, Turn, take_turns
 from gqa.errors import GqaError
 from gqa.ops.api import attention, attention_impl
 from gqa.progress import Progress, silent
@@ -24,7 +29,16 @@ OURS = "gqa"
 REPEATS = 20
 BUDGET_SECONDS = 1.0
 
-_READ, _SGEMM, _MULTIPLY = "limit: read", "limit: sgemm", "limit: fp32"
+_PROBE = "limit: "
+_BOUND = "_seconds"  # what the limits call a bound on a contender's time
+
+
+def broken() -> tuple[type[Exception], ...]:
+    """What contenders raise that do not work: errors of torch, JAX, Triton and their compilers, and the ways in which
+    other libraries stumble."""
+    common = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
+    triton = sys.modules.get("triton.errors")  # its errors are of no common kind; it need not be installed
+    return common if triton is None else (*common, triton.TritonError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,11 +48,13 @@ class Ready:
     run:  computes, and returns when the result is there. This is what is timed.
     read: what `run` returned -> (out,) or (out, dq, dk, dv) in our layout, for the check.
     note: what the reader should know, such as the implementation chosen.
+    halves: the forward pass, and the backward pass of what it returned, where they can be run one after the other.
     """
 
     run: Callable[[], Any]
     read: Callable[[Any], tuple[torch.Tensor, ...]] = lambda found: found
     note: str = ""
+    halves: tuple[Callable[[], Any], Callable[[Any], tuple[torch.Tensor, ...]]] | None = None
 
 
 # Puts inputs where the contender wants them. Raises GqaError for a problem that it does not serve.
@@ -48,7 +64,7 @@ Contender = Callable[[Inputs], Ready]
 def measure(
     problem: Problem,
     contenders: Mapping[str, Contender],
-    limits: Limits,
+    limits: Limits | GpuLimits,
     *,
     repeats: int = REPEATS,
     budget_seconds: float | None = BUDGET_SECONDS,
@@ -56,47 +72,50 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Check every contender, then time those that were right, in turns with the machine's own limits: a flat row each.
 
-    Each call takes the next of several copies of K and V, so that no cache still holds what the one before read. At
-    decode a contender's timed call follows an untimed one of its own, as calls do in a model.
-    The rooflines of these rows come from the probes' times in the same turns: roofline_seconds with torch.mm's rate,
-    limit_seconds with the fastest fp32 product there is on this machine.
+    Each call takes the next of several copies of K and V, so that no cache still holds what the one before read. On a
+    CPU a contender's timed decode call follows an untimed one of its own, as calls do in a model.
+    The bounds of these rows come from the probes' times in the same turns. On a CPU: roofline_seconds with torch.mm's
+    rate, limit_seconds with the fastest fp32 product there is on this machine. On a GPU: limit_seconds, and of it
+    copy_seconds and datasheet_seconds (the memory's, at decode) or matrix_seconds (at prefill).
 
-    A row has the problem's fields and its kv_bytes and flops; contender, status (`timed`, `wrong`, `unserved` or
-    `failed`) and reason; error_max and error_max_allowed; and where timed seconds_p20, _p50, _p80, repeats, both
-    rooflines and the rates they come from, fraction_of_roofline, fraction_of_limit, times_of_gqa (its median over
-    ours) and cold_caches.
+    A row has the problem's fields and its kv_bytes and flops; device, contender, status (`timed`, `wrong`, `unserved`
+    or `failed`) and reason; error_max and error_max_allowed; and where timed seconds_p20, _p50, _p80, repeats, the
+    bounds and the rates they come from, fraction_of_X for each bound X, kv_bytes_per_second, flops_per_second,
+    times_of_gqa (its median over ours) and cold_caches. A backward pass on a GPU has backward_peak_bytes and
+    backward_extra_bytes.
     """
-    inputs = random_inputs(problem, seed)
+    inputs = random_inputs(problem, seed, limits.device)
     right = answer(inputs)
     count, cold = copies_for_cold_caches(problem, limits.machine.cache_bytes)
     copies = [inputs, *(inputs.clone() for _ in range(count - 1))]
     rows = {name: _admit(contender, inputs, right) for name, contender in contenders.items()}
+    ready: dict[str, list[Ready]] = {}  # kept until the end: a graph does not hold what it reads
+    turns: dict[str, Turn] = {}
+    for name, row in rows.items():
+        if row["status"] == "timed":
+            turn = _line_up(contenders[name], copies, right, limits, row, ready.setdefault(name, []))
+            turns |= {} if turn is None else {name: turn}
     del right
-    ready = {
-        name: [contenders[name](copy) for copy in copies] for name, row in rows.items() if row["status"] == "timed"
-    }
-    turns: dict[str, Callable[[int], object]] = {
-        name: lambda turn, calls=calls: calls[turn % count].run() for name, calls in ready.items()
-    }
-    probes = {_READ: limits.read, _SGEMM: limits.sgemm, _MULTIPLY: limits.multiply}
-    turns |= {name: lambda _, probe=probe: probe.run() for name, probe in probes.items()}
-    # The check has been a first run for all; a prefill is too long for more of them.
-    warm_up, run_up = (0, 0) if problem.causal else (2, 1)
-    timed = take_turns(turns, repeats=repeats, budget_seconds=budget_seconds, warm_up=warm_up, run_up=run_up)
-    read, sgemm, multiply = (probe.amount / timed[name].p50 for name, probe in probes.items())
-    rates = {
-        "read_bytes_per_second": read,
-        "sgemm_flops_per_second": sgemm,
-        "fp32_flops_per_second": multiply,
-        "roofline_seconds": problem.roofline_seconds(read, sgemm),
-        "limit_seconds": problem.roofline_seconds(read, max(sgemm, multiply)),
-    }
-    mine = timed.get(OURS)
+    probes = limits.probes(problem)
+    warm_up, run_up = limits.rounds(problem)
+    timed = take_turns(
+        {name: turn.run for name, turn in turns.items()}
+        | {f"{_PROBE}{name}": lambda _, probe=probe: probe.run() for name, probe in probes.items()},
+        repeats=repeats,
+        budget_seconds=budget_seconds,
+        warm_up=warm_up,
+        run_up=run_up,
+        clock=limits.clock,
+    )
+    reached = {name: probe.amount / timed[f"{_PROBE}{name}"].p50 for name, probe in probes.items()}
+    rates = limits.rates(problem, reached)
+    times = {name: timed[name].each_of(turn.calls) for name, turn in turns.items()}
+    mine = times.get(OURS)
     return [
         describe(problem)
-        | {"contender": name}
+        | {"device": limits.device, "contender": name}
         | row
-        | (rates | figures(timed[name], rates, mine) | {"cold_caches": cold} if name in ready else {})
+        | (rates | figures(problem, times[name], rates, mine) | {"cold_caches": cold} if name in turns else {})
         for name, row in rows.items()
     ]
 
@@ -106,15 +125,17 @@ def describe(problem: Problem) -> dict[str, Any]:
     return dataclasses.asdict(problem) | {"kv_bytes": problem.kv_bytes, "flops": problem.flops}
 
 
-def figures(seconds: Seconds, rates: Mapping[str, float], mine: Seconds | None) -> dict[str, Any]:
+def figures(problem: Problem, seconds: Seconds, rates: Mapping[str, float], mine: Seconds | None) -> dict[str, Any]:
     """What is told of one timed contender, beside `mine`, our own times."""
+    bounds = {name.removesuffix(_BOUND): value for name, value in rates.items() if name.endswith(_BOUND)}
     return {
         "seconds_p20": seconds.p20,
         "seconds_p50": seconds.p50,
         "seconds_p80": seconds.p80,
         "repeats": seconds.repeats,
-        "fraction_of_roofline": rates["roofline_seconds"] / seconds.p50,
-        "fraction_of_limit": rates["limit_seconds"] / seconds.p50,
+        **{f"fraction_of_{name}": bound / seconds.p50 for name, bound in bounds.items()},
+        "kv_bytes_per_second": problem.kv_bytes / seconds.p50,
+        "flops_per_second": problem.flops / seconds.p50,
         "times_of_gqa": None if mine is None else seconds.p50 / mine.p50,
     }
 
@@ -122,7 +143,7 @@ def figures(seconds: Seconds, rates: Mapping[str, float], mine: Seconds | None) 
 def measure_dial(
     problems: Iterable[Problem],
     contenders: Mapping[str, Contender],
-    limits: Limits,
+    limits: Limits | GpuLimits,
     *,
     repeats: int = REPEATS,
     budget_seconds: float | None = BUDGET_SECONDS,
@@ -144,14 +165,45 @@ def _admit(contender: Contender, inputs: Inputs, right: Answer) -> dict[str, Any
         found = ready.read(ready.run())
     except GqaError as error:
         return {"status": "unserved", "reason": error.what}
-    except (RuntimeError, ValueError, TypeError) as error:  # what torch, JAX and their compilers raise
-        reason = next(iter(str(error).strip().splitlines()), "")
-        return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"[:200]}
+    except broken() as error:
+        return _failed(error)
+    return _judged(right, found) | {"note": ready.note}
+
+
+def _line_up(
+    contender: Contender,
+    copies: Sequence[Inputs],
+    right: Answer,
+    limits: Limits | GpuLimits,
+    row: dict[str, Any],
+    ready: list[Ready],
+) -> Turn | None:
+    """The turn of a contender that was right; None, and its row changed, where it cannot be made or its result, as the
+    turn gives it, is wrong. `ready` is filled with what the turn reads from."""
+    try:
+        ready += [contender(copy) for copy in copies]
+        turn = limits.turn(copies[0].problem, [each.run for each in ready])
+        if turn.found is not None:
+            turn.run(0)
+            row |= _judged(right, ready[0].read(turn.found()))
+        if (halves := ready[0].halves) is not None:
+            row |= limits.backward_bytes(*halves)
+    except broken() as error:
+        row |= _failed(error)
+    return turn if row["status"] == "timed" else None
+
+
+def _judged(right: Answer, found: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     error, allowed = right.worst(found)
-    verdict = {"error_max": error, "error_max_allowed": allowed, "note": ready.note}
+    verdict = {"error_max": error, "error_max_allowed": allowed}
     if not error <= allowed:
         return {"status": "wrong", "reason": f"off by {error:.2e}, allowed {allowed:.2e}"} | verdict
     return {"status": "timed", "reason": ""} | verdict
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"[:200]}
 
 
 def ours(impl: str = "auto") -> Contender:
@@ -199,11 +251,17 @@ def of_torch(inputs: Inputs, function: Callable[..., torch.Tensor]) -> Ready:
         return Ready(forward)
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
 
-    def forward_and_backward() -> tuple[torch.Tensor, ...]:
-        out = function(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, inputs.grad)
+    def forward_with_graph() -> torch.Tensor:
+        return function(*leaves)
 
-    return Ready(forward_and_backward)
+    def backward(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, leaves, inputs.grad)
+
+    def forward_and_backward() -> tuple[torch.Tensor, ...]:
+        out = forward_with_graph()
+        return out.detach(), *backward(out)
+
+    return Ready(forward_and_backward, halves=(forward_with_graph, backward))
 
 
 def _floats_only(inputs: Inputs) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from gqa.bench.timing import take_turns
+from gqa.bench.problem import Problem
+from gqa.bench.timing import Clock, Turn, host_clock, take_turns
 from gqa.record import describe_machine
 from gqa.units import MIB
 
@@ -67,6 +68,40 @@ class Limits:
     read: Probe
     multiply: Probe
     sgemm: Probe
+    device: ClassVar[str] = "cpu"
+
+    @staticmethod
+    def clock(run: Callable[[], object]) -> float:
+        return host_clock(run)
+
+    def probes(self, problem: Problem) -> dict[str, Probe]:
+        """What to run in turns with the contenders of any problem."""
+        return {"read": self.read, "sgemm": self.sgemm, "multiply": self.multiply}
+
+    def rates(self, problem: Problem, rates: Mapping[str, float]) -> dict[str, float]:
+        """Columns of the problem's rows, from the rates of `probes`. What takes X_seconds bounds a contender's time
+        from below by the bound X."""
+        read, sgemm, multiply = rates["read"], rates["sgemm"], rates["multiply"]
+        return {
+            "read_bytes_per_second": read,
+            "sgemm_flops_per_second": sgemm,
+            "fp32_flops_per_second": multiply,
+            "roofline_seconds": problem.roofline_seconds(read, sgemm),
+            "limit_seconds": problem.roofline_seconds(read, max(sgemm, multiply)),
+        }
+
+    def rounds(self, problem: Problem) -> tuple[int, int]:
+        """(rounds of warm-up, calls before the timed one of a turn). The check has been a first run for all; a prefill
+        is too long for more of them."""
+        return (0, 0) if problem.causal else (2, 1)
+
+    def turn(self, problem: Problem, runs: Sequence[Callable[[], Any]]) -> Turn:
+        """A contender's turn: the call on the next of the copies of K and V."""
+        return Turn(lambda number: runs[number % len(runs)]())
+
+    def backward_bytes(self, forward: Callable[[], Any], backward: Callable[[Any], Any]) -> dict[str, int]:
+        """What a backward pass allocates is not told by a CPU's allocator."""
+        return {}
 
 
 def measure_machine() -> Machine:
@@ -111,9 +146,10 @@ def measure_limits(
     return Limits(machine, read, multiply, sgemm)
 
 
-def fastest(probes: list[Probe], repeats: int) -> tuple[Probe, float]:
+def fastest(probes: list[Probe], repeats: int, clock: Clock = host_clock) -> tuple[Probe, float]:
     """The probe of the highest rate, and that rate, amount over median seconds."""
-    timed = take_turns({probe.name: lambda _, probe=probe: probe.run() for probe in probes}, repeats=repeats)
+    turns = {probe.name: lambda _, probe=probe: probe.run() for probe in probes}
+    timed = take_turns(turns, repeats=repeats, clock=clock)
     rates = {probe.name: probe.amount / timed[probe.name].p50 for probe in probes}
     best = max(probes, key=lambda probe: rates[probe.name])
     return best, rates[best.name]

@@ -108,16 +108,16 @@ class Inputs:
         return dataclasses.replace(self, **changes)
 
 
-def random_inputs(problem: Problem, seed: int = 0) -> Inputs:
+def random_inputs(problem: Problem, seed: int = 0, device: str = "cpu") -> Inputs:
     """Normal numbers; int8 keys and values are rounded to 255 steps, of a scale per token and head."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     B, S, D = problem.batch, problem.context_tokens, problem.head_dim
     queries = (B, problem.query_heads, problem.query_tokens, D)
 
     def normal(*shape: int) -> torch.Tensor:
-        out = torch.empty(shape, dtype=problem.query_dtype)
+        out = torch.empty(shape, dtype=problem.query_dtype, device=device)
         for part in out:  # the fp32 numbers of all sequences at once may not fit
-            part.copy_(torch.randn(shape[1:], generator=generator))
+            part.copy_(torch.randn(shape[1:], generator=generator, device=device))
         return out
 
     q, k, v = normal(*queries), normal(B, problem.kv_heads, S, D), normal(B, problem.kv_heads, S, D)

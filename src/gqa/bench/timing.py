@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +14,16 @@ from gqa.errors import GqaError
 
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 3
+
+# Runs something and tells the seconds it took.
+Clock = Callable[[Callable[[], object]], float]
+
+
+def host_clock(run: Callable[[], object]) -> float:
+    """Seconds until `run` returns, for what is done by then."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,6 +34,23 @@ class Seconds:
     p50: float
     p80: float
     repeats: int
+
+    def each_of(self, calls: int) -> Seconds:
+        """The time of one of the equal calls that a timed run was made of."""
+        return dataclasses.replace(self, p20=self.p20 / calls, p50=self.p50 / calls, p80=self.p80 / calls)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """What a contender does in its turn.
+
+    run:   told the number of the run; it makes `calls` equal calls
+    found: what the last call of a run left, where it can be told
+    """
+
+    run: Callable[[int], object]
+    calls: int = 1
+    found: Callable[[], Any] | None = None
 
 
 def percentiles(seconds: Sequence[float]) -> Seconds:
@@ -38,6 +67,7 @@ def take_turns(
     budget_seconds: float | None = None,
     warm_up: int = WARM_UP_ROUNDS,
     run_up: int = 0,
+    clock: Clock = host_clock,
     after: Mapping[str, Callable[[], object]] | None = None,
     on_round: Callable[[int], object] | None = None,
 ) -> dict[str, Seconds]:
@@ -47,6 +77,7 @@ def take_turns(
     A contender is called with the number of its call, which counts up from 0, warm-up included.
     run_up: calls right before the one that is timed, each turn: then a contender finds its own threads awake and its
     own code and tables in the caches, as in a loop of its own, and not what the one before left.
+    clock: how a run is timed; by default by the host's clock.
     budget_seconds: a contender that has spent this much time sits out the further rounds once it has `LEAST_ROUNDS`,
     or even 1 if it has spent `LEAST_ROUNDS` times as much.
     after: what to do after a contender's turn, outside its time; on_round: told how many timed rounds are done.
@@ -63,11 +94,8 @@ def take_turns(
             began = time.perf_counter()
             for call in range(run_up):
                 contenders[name](turn * (run_up + 1) + call)
-            start = time.perf_counter()
-            contenders[name](turn * (run_up + 1) + run_up)
-            end = time.perf_counter()
-            elapsed = end - start
-            spent[name] += end - began
+            elapsed = clock(functools.partial(contenders[name], turn * (run_up + 1) + run_up))
+            spent[name] += time.perf_counter() - began
             if after and name in after:
                 after[name]()
             if turn >= warm_up:

@@ -27,6 +27,7 @@ gqa bench
 gqa bench --heads 64/8 --head-dim 128 --context 32k --dtype fp32
 gqa bench ./my-model --context 8k
 gqa bench llama-3.2-1b --layers 4 --context 32k --dtype bf16
+gqa bench --device cuda --batch 32 --heads 32/8
 """
 
 
@@ -44,6 +45,7 @@ gqa bench llama-3.2-1b --layers 4 --context 32k --dtype bf16
 @click.option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPE_BYTES)}.  [default: the model's, or {DTYPE}]")
 @click.option("--prefill", is_flag=True, help="A whole causal prompt instead of one token.")
 @click.option("--layers", metavar="N", type=int, help="Also run N layers of MODEL's shape, with random weights.")
+@click.option("--device", metavar="DEVICE", help="cpu or cuda.  [default: cuda where torch finds a GPU, else cpu]")
 @click.option("--impl", default="auto", show_default=True, help="The implementation to time, as in gqa.attention.")
 @click.option("--repeats", metavar="N", type=click.IntRange(min=1), default=20, show_default=True, help="Timed runs.")
 @output.json_option
@@ -57,6 +59,7 @@ def command(
     dtype: str | None,
     prefill: bool,
     layers: int | None,
+    device: str | None,
     impl: str,
     repeats: int,
     as_json: bool,
@@ -81,7 +84,10 @@ def command(
         raise GqaError("a model runs in fp32, bf16 or fp16", got="--dtype int8", allowed="fp32, bf16, fp16")
     query_heads, settings = _settings(shape, heads, kv_heads)
 
+    from gqa.bench.device import choose_device
     from gqa.bench.problem import Problem
+
+    device = choose_device(device)
 
     problems = [
         Problem(
@@ -95,7 +101,7 @@ def command(
         )
         for setting in settings
     ]
-    loaded = _model(source, layers, dtype) if source and whole else None
+    loaded = _model(source, layers, dtype, device) if source and whole else None
 
     from gqa.bench.run import bench
 
@@ -103,6 +109,7 @@ def command(
     with output.progress() as progress:
         record = bench(
             problems,
+            device=device,
             impl=impl,
             model=loaded,
             random_weights=layers is not None,
@@ -152,31 +159,26 @@ def _has_weights(source: Source) -> bool:
     return source.folder is not None and any(source.folder.glob("*.safetensors"))
 
 
-def _model(source: Source, layers: int | None, dtype: str) -> Any:
-    """The model with its own weights, or some layers of its shape with random ones, on the CPU."""
+def _model(source: Source, layers: int | None, dtype: str, device: str) -> Any:
+    """The model with its own weights, or some layers of its shape with random ones, on the device."""
     from gqa.bench.problem import TORCH_DTYPES
 
     if layers is None:
         from gqa.evaluate import load_model
 
         assert source.folder is not None
-        return load_model(source.folder, dtype=TORCH_DTYPES[dtype], device="cpu")
+        return load_model(source.folder, dtype=TORCH_DTYPES[dtype], device=device)
     from gqa.bench.generation import random_model
     from gqa.config.shallow import shallow_config
 
     config = shallow_config(source.config, layers, source.name)
     output.note(f"making {layers} layers of {source.name} with random weights")
-    return random_model(config, TORCH_DTYPES[dtype])
+    return random_model(config, TORCH_DTYPES[dtype]).to(device)
 
 
 def _print(record: Record, problem: Problem) -> None:
     machine = record.results["machine"]
-    output.data(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['simd']}: reads"
-        f" {machine['read_bytes_per_second'] / 1e9:.3g} GB/s, multiplies fp32 matrices at"
-        f" {machine['fp32_flops_per_second'] / 1e9:.3g} GFLOP/s, by torch's sgemm"
-        f" {machine['sgemm_flops_per_second'] / 1e9:.3g} (measured)"
-    )
+    output.data(_gpu(machine) if record.inputs["device"] == "cuda" else _cpu(machine))
     rows = record.results["attention"]
     queries = f"a causal prompt of {problem.query_tokens:,} tokens" if problem.causal else "one token per sequence"
     output.data(
@@ -197,6 +199,25 @@ def _print(record: Record, problem: Problem) -> None:
         output.data(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))
 
 
+def _cpu(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['simd']}: reads"
+        f" {machine['read_bytes_per_second'] / 1e9:.3g} GB/s, multiplies fp32 matrices at"
+        f" {machine['fp32_flops_per_second'] / 1e9:.3g} GFLOP/s, by torch's sgemm"
+        f" {machine['sgemm_flops_per_second'] / 1e9:.3g} (measured)"
+    )
+
+
+def _gpu(machine: Mapping[str, Any]) -> str:
+    dtypes = ("bf16", "fp16", "fp32")
+    rates = ", ".join(f"{dtype} {machine[f'{dtype}_flops_per_second'] / 1e12:.3g}" for dtype in dtypes)
+    return (
+        f"{machine['name']}, {machine['multiprocessors']} multiprocessors: copies"
+        f" {machine['copy_bytes_per_second'] / 1e9:,.0f} GB/s, bytes read and written, reads"
+        f" {machine['read_bytes_per_second'] / 1e9:,.0f} GB/s, multiplies matrices at {rates} TFLOP/s (measured)"
+    )
+
+
 def _attention_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A line per number of KV heads: ours in full, the others as a multiple of our time."""
     lines: dict[int, dict[str, str]] = {}
@@ -214,8 +235,7 @@ def _attention_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             line["by"] = row.get("note") or row["status"]
             line["time"] = format_seconds(row["seconds_p50"]) if timed else "-"
             line["20 to 80 %"] = _spread(row) if timed else "-"
-            line["of roofline"] = f"{row['fraction_of_roofline']:.0%}" if timed else "-"
-            line["of limit"] = f"{row['fraction_of_limit']:.0%}" if timed else "-"
+            line |= _reached(row)
         elif not timed:
             line[row["contender"]] = row["status"]
         elif row["times_of_gqa"] is None:
@@ -223,6 +243,19 @@ def _attention_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         else:
             line[row["contender"]] = f"{row['times_of_gqa']:.2f}x"
     return list(lines.values())
+
+
+def _reached(row: Mapping[str, Any]) -> dict[str, str]:
+    """The rate of one of our rows, and its shares of what there is: of other things on a GPU, and for prompts there."""
+    if row["device"] == "cpu":
+        cells, shares = {}, ("roofline", "limit")
+    elif row["query_tokens"] > 1:
+        cells, shares = {"TFLOP/s": ("flops_per_second", 1e12)}, ("matrix",)
+    else:
+        cells, shares = {"GB/s": ("kv_bytes_per_second", 1e9)}, ("copy", "datasheet", "limit")
+    texts = {title: f"{row[name] / unit:,.0f}" if name in row else "-" for title, (name, unit) in cells.items()}
+    fractions = {f"of {share}": row.get(f"fraction_of_{share}") for share in shares}
+    return texts | {title: "-" if value is None else f"{value:.0%}" for title, value in fractions.items()}
 
 
 def _spread(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,90 @@
+"""Measurements as a record: which figures were measured, what the reader should know, what was measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+from gqa.bench.commit import commit
+from gqa.record import Record, describe_versions
+
+LIBRARIES = ("numba", "llvmlite", "triton")
+
+MEASURED: tuple[str, ...] = (
+    "seconds_p20",
+    "seconds_p50",
+    "seconds_p80",
+    "fraction_of_roofline",
+    "fraction_of_limit",
+    "fraction_of_copy",
+    "fraction_of_datasheet",
+    "fraction_of_matrix",
+    "kv_bytes_per_second",
+    "flops_per_second",
+    "times_of_gqa",
+    "read_bytes_per_second",
+    "sgemm_flops_per_second",
+    "fp32_flops_per_second",
+    "copy_bytes_per_second",
+    "matrix_flops_per_second",
+    "backward_peak_bytes",
+    "backward_extra_bytes",
+    "error_max",
+    "seconds_per_token_p20",
+    "seconds_per_token_p50",
+    "seconds_per_token_p80",
+    "tokens_per_second",
+    "cache_bytes_measured",
+    "logits_error_rms",
+)
+PREDICTED: tuple[str, ...] = (
+    "kv_bytes",
+    "flops",
+    "roofline_seconds",
+    "limit_seconds",
+    "copy_seconds",
+    "datasheet_seconds",
+    "matrix_seconds",
+    "error_max_allowed",
+    "logits_error_rms_allowed",
+)
+
+ABOUT_ATTENTION = (
+    "A time is the median of runs in turns: every contender once, then again; p20 and p80 stand in the record.",
+    "The roofline is max(KV bytes / read bandwidth, FLOPs / rate of torch's sgemm), measured in the same turns; the"
+    " limit is the same with the fastest fp32 matrix product there is on this machine.",
+    "Every contender was right first: checked against float64. K and V were in no cache unless the record says so.",
+)
+ABOUT_GPU_ATTENTION = (
+    "A time is the median of runs in turns: every contender once, then again; p20 and p80 stand in the record. It is"
+    " the GPU's own, between two events; decode is replayed from a CUDA graph of several calls.",
+    "The limit is max(KV bytes / memory bandwidth, FLOPs / torch.mm's rate in the dtype), measured in the same turns;"
+    " the bandwidth is that of a copy, bytes read and written, or of a reduction, whichever is more.",
+    "Every contender was right first: checked against float64. K and V were in no cache unless the record says so.",
+)
+ABOUT_GENERATION = (
+    "Batch 1, one token at a time behind a cache of random keys and values, on which time does not depend.",
+    "The default is transformers' attention with its DynamicCache; our logits are as close to those of a wider dtype.",
+)
+ABOUT_RANDOM_WEIGHTS = "The model's weights are random and it has fewer layers: its time is right, its words are not."
+
+
+def record(
+    command: str,
+    inputs: dict[str, Any],
+    results: dict[str, Any],
+    assumptions: Iterable[str],
+    libraries: Iterable[str] = (),
+) -> Record:
+    """A record of measurements, with the commit, unless the inputs tell it, and the versions of these libraries beside
+    the usual ones."""
+    basis: dict[str, str] = dict.fromkeys(MEASURED, "measured") | dict.fromkeys(PREDICTED, "predicted")
+    versions = describe_versions()
+    for name in (*LIBRARIES, *libraries):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    inputs = inputs | {"commit": inputs.get("commit") or commit()}
+    return Record(command, inputs, results, basis, tuple(assumptions), versions=versions)
