@@ -31,7 +31,7 @@ def largest_score(q, k, options):
     """What the magnitudes in a row's scores add up to at most, before they cancel (Cauchy and Schwarz)."""
     k_scale = options.get("k_scale")
     k = k.double() if k_scale is None else k.double() * k_scale.double()[..., None]
-    scale = options.get("scale") or q.shape[3] ** -0.5
+    scale = q.shape[3] ** -0.5 if options.get("scale") is None else abs(options["scale"])
     largest = float(q.double().norm(dim=-1).max() * k.nan_to_num(0).norm(dim=-1).max()) * scale
     for name in ("mask", "sinks"):
         x = options.get(name)

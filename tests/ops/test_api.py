@@ -13,10 +13,10 @@ def qkv(B=2, H=2, G=3, T=3, S=5, D=8, dtype=torch.float32):
     return (torch.randn(B, h, t, D, dtype=dtype) for h, t in ((H * G, T), (H, S), (H, S)))
 
 
-def test_later_implementations_are_known_by_name():
-    with pytest.raises(GqaError, match="not in this release yet") as refused:
-        gqa.attention(*qkv(), impl="triton")
-    assert refused.value.allowed == "auto, reference, cpu, sdpa"
+def test_triton_names_what_it_does_not_serve():
+    with pytest.raises(GqaError, match=r"does not serve torch\.float64") as refused:
+        gqa.attention(*qkv(dtype=torch.float64), impl="triton")
+    assert refused.value.allowed == "reference, sdpa"
 
 
 def test_unknown_implementation():

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from gqa.errors import GqaError
-from gqa.ops import check, cpu, registry, sdpa
+from gqa.ops import check, cpu, gpu, registry, sdpa
 
-IMPLEMENTATIONS = ("reference", "cpu", "sdpa")
-_LATER = ("triton",)
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "sdpa")
 
 
 def attention(
@@ -71,14 +70,19 @@ def attention(
     k_scale, v_scale  (B, H, S), or (num_blocks, H, block) with block_table: int8 numbers times the scale of their
                  token and head are the keys and values
     return_lse   also return the natural log of the softmax's denominator, (B, H*G, T), float32 (float64 for fp64)
-    impl         "auto", "reference", "cpu" or "sdpa"; an explicit one that cannot serve is refused, never replaced
+    impl         "auto", "reference", "cpu", "triton" (NVIDIA GPUs) or "sdpa"; an explicit one that cannot serve is
+                 refused, never replaced
 
     Visibility is the conjunction of causal, window, mask, kv_lengths and kv_starts. A row that sees no key gives
     zeros; its lse is -inf, or the sink's logit. Scores accumulate in float32, float64 for fp64 inputs (by torch's
     own kernels with impl="sdpa").
 
     Returns out (B, H*G, T, Dv) in q's dtype, or (out, lse). Raises GqaError on shapes, dtypes, devices, values and
-    implementations that do not fit. Differentiable in q, k, v, by "cpu" also in sinks, by the reference in all.
+    implementations that do not fit. Differentiable in q, k, v, by "cpu" and "triton" also in sinks, by the reference
+    in all.
+
+    Nothing is read back from a GPU, so calls there can be captured in CUDA graphs; what kv_lengths, kv_starts and
+    block_table hold is not checked there.
 
     Source: Ainslie et al. 2023, arXiv 2305.13245.
     """
@@ -91,9 +95,9 @@ def attention(
         causal, q_int, q_starts, window, scale, softcap, mask, sinks,
         kv_lengths, kv_starts, block_table, k_scale, v_scale,
     ]  # fmt: skip
-    if chosen == "cpu" and not torch.compiler.is_compiling():
+    if chosen in registry.KERNELS and not torch.compiler.is_compiling():
         # Straight to what the composite ops would call: a token's time is short.
-        out, lse = registry.cpu_attention(q, k, v, options, return_lse)
+        out, lse = registry.KERNELS[chosen](q, k, v, options, return_lse)
         return (out, lse) if return_lse else out
     op = registry.attention_with_lse if return_lse else registry.attention
     return op(q, k, v, *options, chosen)
@@ -124,11 +128,13 @@ def attention_packed(
 
     q            (query tokens, H*G, D); k, v: (key tokens, H, D), (key tokens, H, Dv)
     cu_seqlens_q, cu_seqlens_k
-                 N + 1 rising offsets from 0 to the number of tokens: sequence i is q[cu[i]:cu[i + 1]]
+                 N + 1 rising offsets from 0 to the number of tokens: sequence i is q[cu[i]:cu[i + 1]]. Tensors on a GPU
+                 are not read by the host, so not checked; offsets outside the tokens are moved inside
     q_start      an int for all or an (N,) tensor; by default each sequence is aligned bottom-right on its own
     the rest     as in `attention`
 
-    Returns out (query tokens, H*G, Dv), or (out, lse) with lse (query tokens, H*G). Raises GqaError.
+    Returns out (query tokens, H*G, Dv), or (out, lse) with lse (query tokens, H*G). Raises GqaError. One launch serves
+    all sequences with impl="triton"; the others take a call per sequence.
     """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or 0 in (len(q), len(k)):
         raise GqaError(
@@ -136,18 +142,37 @@ def attention_packed(
             got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
             allowed="q (tokens, H*G, D), k (tokens, H, D), v (tokens, H, Dv), each at least one token",
         )
-    q_ends, k_ends = _offsets("cu_seqlens_q", cu_seqlens_q, len(q)), _offsets("cu_seqlens_k", cu_seqlens_k, len(k))
-    sequences = len(q_ends) - 1
-    if len(k_ends) - 1 != sequences:
-        raise GqaError("cu_seqlens_q and cu_seqlens_k differ in length", got=f"{len(q_ends)} and {len(k_ends)}")
-    starts = q_start.tolist() if isinstance(q_start, torch.Tensor) else [q_start] * sequences
-    if len(starts) != sequences:
-        raise GqaError("q_start needs one position per sequence", got=len(starts), allowed=sequences)
+    options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "impl": impl}
+    whole_q, whole_k, whole_v = (x[None].transpose(1, 2) for x in (q, k, v))
+    first, firsts = (None, q_start) if isinstance(q_start, torch.Tensor) else (q_start, None)
+    chosen, *_, factor = _resolve(
+        whole_q, whole_k, whole_v, q_start=first, scale=scale, return_lse=return_lse, **options
+    )
+    sequences = len(cu_seqlens_q) - 1
+    if len(cu_seqlens_k) != len(cu_seqlens_q):
+        raise GqaError(
+            "cu_seqlens_q and cu_seqlens_k differ in length", got=f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        )
+    if firsts is not None and (firsts.shape != (sequences,) or firsts.dtype not in check.INTEGERS):
+        raise GqaError(
+            "q_start needs one position per sequence",
+            got=f"{tuple(firsts.shape)} {firsts.dtype}",
+            allowed=f"({sequences},) ints, or an int for all",
+        )
+    if chosen == "triton":
+        q_offsets = _offsets_on("cu_seqlens_q", cu_seqlens_q, q)
+        k_offsets = _offsets_on("cu_seqlens_k", cu_seqlens_k, k)
+        numbers = [causal, first, firsts, window, factor, softcap, None, sinks, *(None,) * 5]
+        out, lse = registry.triton_attention(whole_q, whole_k, whole_v, numbers, return_lse, q_offsets, k_offsets)
+        out = out[0].transpose(0, 1)
+        return (out, lse[0].transpose(0, 1)) if return_lse else out
 
+    q_ends, k_ends = _offsets("cu_seqlens_q", cu_seqlens_q, len(q)), _offsets("cu_seqlens_k", cu_seqlens_k, len(k))
+    starts = [first] * sequences if firsts is None else firsts.tolist()
     outs, lses = [], []
     for i in range(sequences):
         rows, keys = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
-        one_q, one_k, one_v = (x[None].transpose(1, 2) for x in (q[rows], k[keys], v[keys]))
+        one_q, one_k, one_v = whole_q[:, :, rows], whole_k[:, :, keys], whole_v[:, :, keys]
         if one_q.shape[2] == 0:
             continue
         mask = None
@@ -155,9 +180,8 @@ def attention_packed(
             one_k, one_v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (one_k, one_v))
             mask = torch.zeros(1, 1, dtype=torch.bool, device=q.device)
         out = attention(
-            one_q, one_k, one_v, causal=causal, q_start=starts[i], window=window, scale=scale, softcap=softcap,
-            mask=mask, sinks=sinks, return_lse=return_lse, impl=impl,
-        )  # fmt: skip
+            one_q, one_k, one_v, q_start=starts[i], scale=scale, mask=mask, return_lse=return_lse, **options
+        )
         if return_lse:
             out, lse = out
             lses.append(lse[0].transpose(0, 1))
@@ -209,6 +233,7 @@ def _resolve(
     refusals = {
         "reference": None,
         "cpu": cpu.unserved(q, k, v, mask=mask, k_scale=k_scale, v_scale=v_scale),
+        "triton": gpu.unserved(q, k, v, mask=mask, k_scale=k_scale, v_scale=v_scale),
         "sdpa": sdpa.unserved(
             q, k, v, softcap=softcap, mask=mask, sinks=sinks, block_table=block_table, k_scale=k_scale,
             return_lse=return_lse,
@@ -224,15 +249,24 @@ def _resolve(
 def _choose(impl: str, refusals: dict[str, str | None]) -> str:
     """The implementation that runs. On CPUs ours was faster than torch's wherever we measured (benchmarks/cpu.py)."""
     if impl == "auto":
-        return next(name for name in ("cpu", "sdpa", "reference") if refusals[name] is None)
-    if impl in _LATER:
-        raise GqaError(f"impl={impl!r} is not in this release yet", allowed=", ".join(("auto", *IMPLEMENTATIONS)))
+        return next(name for name in ("cpu", "triton", "sdpa", "reference") if refusals[name] is None)
     if impl not in IMPLEMENTATIONS:
         raise GqaError("an unknown implementation", got=f"impl={impl!r}", allowed=", ".join(("auto", *IMPLEMENTATIONS)))
     if refusals[impl] is not None:
         serving = ", ".join(name for name, refusal in refusals.items() if refusal is None)
         raise GqaError(f'impl="{impl}" does not serve {refusals[impl]}', allowed=serving, hint='impl="auto" chooses')
     return impl
+
+
+def _offsets_on(name: str, value: torch.Tensor | Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """Offsets into the tokens of x on its device, checked where that needs no wait for a GPU."""
+    if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+        if value.dim() != 1 or value.dtype not in check.INTEGERS:
+            raise GqaError(
+                f"{name} is not a list of offsets", got=f"{tuple(value.shape)} {value.dtype}", allowed="(N + 1,) ints"
+            )
+        return value.to(x.device)
+    return torch.tensor(_offsets(name, value, len(x)), dtype=torch.int32, device=x.device)
 
 
 def _offsets(name: str, value: torch.Tensor | Sequence[int], tokens: int) -> list[int]:

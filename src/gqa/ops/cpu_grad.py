@@ -1,14 +1,12 @@
-"""Gradients of the CPU kernels: the backward kernel as a function of torch tensors, and autograd's way to it."""
+"""The CPU's backward kernel as a function of torch tensors."""
 
 # B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim of q, k · Dv head dim of v
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from gqa.ops import call, compiled, cpu_backward, threads
 from gqa.ops.call import KINDS, dense, place, whole
@@ -94,30 +92,3 @@ def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     """Room for what `backward` returns."""
     d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return call.like_queries(q, q.shape[3]), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
-
-
-class Differentiable(torch.autograd.Function):
-    """`torch.ops.gqa.cpu_forward`, with `torch.ops.gqa.cpu_backward` as its backward. Takes what it takes, in order."""
-
-    @staticmethod
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Any:
-        return torch.ops.gqa.cpu_forward.default(q, k, v, *options, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths, kv_starts, *cache = inputs
-        assert cache == [None, None, None], "pages and int8 are no leaves"
-        ctx.save_for_backward(q, k, v, *output, q_starts, mask, sinks, kv_lengths, kv_starts)
-        ctx.numbers = causal, q_start, window, scale, softcap
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> Any:
-        q, k, v, out, lse, q_starts, mask, sinks, kv_lengths, kv_starts = ctx.saved_tensors
-        causal, q_start, window, scale, softcap = ctx.numbers
-        dq, dk, dv, d_sinks = torch.ops.gqa.cpu_backward.default(
-            q, k, v, out, lse, torch.zeros_like(out) if d_out is None else d_out, d_lse, causal, q_start, q_starts,
-            window, scale, softcap, mask, sinks, kv_lengths, kv_starts,
-        )  # fmt: skip
-        return dq, dk, dv, *(None,) * 7, None if sinks is None else d_sinks, *(None,) * 5

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def installed() -> bool:
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1, set before Triton is imported."""
+    if "TRITON_INTERPRET" not in os.environ:  # importing Triton takes time that a call on a CPU has no use for
+        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -194,7 +197,8 @@ def plan_forward(
             "BLOCK_ROWS": shape.block_rows, "BLOCK_KEYS": shape.block_keys, "FEW_ROWS": few,
         },
         shape.warps,
-        shape.stages,
+        # Pages are looked up before K and V can be loaded: Triton shares the stages between the two steps.
+        shape.stages if block_table is None else 2 * shape.stages - 1,
     )  # fmt: skip
     if splits == 1:
         return [attend], out, lse
@@ -231,7 +235,7 @@ def padded(size: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: on tensor cores in three products of tf32 parts, to about fp32's precision. Others as is."""
+    """How fp32 is multiplied: on tensor cores in three products of parts, to about fp32's precision."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 

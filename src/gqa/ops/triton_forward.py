@@ -127,9 +127,9 @@ def attend(
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     if sinks is not None:
-        if split == 0:
-            top = tl.load(sinks + query_head, mask=row_held, other=float("-inf")).to(tl.float32) * LOG2_E
-            total = tl.where(top == float("-inf"), 0.0, 1.0)
+        sink = tl.load(sinks + query_head, mask=row_held, other=float("-inf")).to(tl.float32) * LOG2_E
+        top = tl.where(split == 0, sink, top)
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
     summed = tl.zeros([BLOCK_ROWS, V_DIMS], tl.float32)
 
     # Two loops: over blocks that all rows see whole, without a question asked, then over the others. At decode one
@@ -149,10 +149,7 @@ def attend(
     v_tile = number[:, None] * v_token + v_dim[None, :]
     for edge in tl.static_range(1 if FEW_ROWS or mask is not None else 0, 2):
         for i in range(0, blocks - whole if edge else whole):
-            if edge:
-                block = tl.where(i < whole_first, i, i + whole)
-            else:
-                block = whole_first + i
+            block = tl.where(i < whole_first, i, i + whole) if edge else whole_first + i
             at = first + block * BLOCK_KEYS
             key = at + number
             held = key < end

@@ -1,0 +1,160 @@
+"""The Triton kernels against the float64 oracle, over the whole signature: on a GPU, or in Triton's interpreter."""
+
+# B batch · T query tokens · S key tokens · H KV heads · G queries per KV head · D head dim of q, k · Dv head dim of v
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from ops.core_calls import CORE, random_call
+from ops.every_call import LAYOUTS, every_call, laid_out
+from ops.packed import assert_packed_precise, packed_call
+from ops.precision import assert_precise
+from ops.triton_device import DEVICE, DTYPES, moved, there
+
+import gqa
+from gqa.errors import GqaError
+from gqa.ops import gpu
+
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
+# The interpreter takes its time: of the sizes, those with few rows and those with several tiles.
+CALLS = [
+    name
+    for name in CORE
+    if ("bf16" not in name or "bf16" in DTYPES) and (DEVICE == "cuda" or "size" not in name or "S111" in name)
+]
+
+
+def check(q, k, v, **options):
+    q, k, v, options = there(q, k, v, options)
+    out, lse = gqa.attention(q, k, v, return_lse=True, impl="triton", **options)
+    assert_precise(out, lse, q, k, v, **options)
+    alone = gqa.attention(q, k, v, impl="triton", **options)
+    assert torch.equal(out, alone), "the output depends on whether the lse is asked for"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_core(name):
+    q, k, v, options = CORE[name]()
+    check(q, k, v, **options)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(every_call(kinds=(*DTYPES, "int8"), dtypes=DTYPES))
+def test_whole_signature(call):
+    q, k, v, options = call
+    check(q, k, v, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_any_layout_gives_the_same_bits(which, layout):
+    tensors = random_call(2, T=9)
+    q, k, v = map(moved, tensors)
+    want = gqa.attention(q, k, v, impl="triton", causal=True)
+    tensors[which] = laid_out(tensors[which], layout)
+    q, k, v = map(moved, tensors)
+    assert torch.equal(gqa.attention(q, k, v, impl="triton", causal=True), want)
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_twice_the_same_bits(T):
+    """Splits are joined in a fixed order."""
+    q, k, v = map(moved, random_call(1, 1, 2, T, 3000))
+    assert torch.equal(gqa.attention(q, k, v, impl="triton"), gqa.attention(q, k, v, impl="triton"))
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal window": {"causal": True, "window": 9},
+    "top-left": {"causal": True, "q_start": 0},
+    "starts": {"causal": True, "q_start": torch.tensor([40, 0, 90, 5])},
+    "softcap and sinks": {"softcap": 2.0, "sinks": torch.linspace(-3, 3, 6)},
+}
+
+
+@pytest.mark.parametrize("options", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed(dtype, options):
+    q, k, v, cu_q, cu_k = packed_call(DTYPES[dtype])
+    q, k, v, options = there(q, k, v, PACKED[options])
+    cu_q, cu_k = cu_q.to(DEVICE), cu_k.to(DEVICE)
+    out, lse = gqa.attention_packed(q, k, v, cu_q, cu_k, return_lse=True, impl="triton", **options)
+    assert_packed_precise(out, lse, q, k, v, cu_q, cu_k, **options)
+
+
+def test_packed_offsets_as_a_list():
+    q, k, v, cu_q, cu_k = packed_call()
+    q, k, v = map(moved, (q, k, v))
+    a = gqa.attention_packed(q, k, v, cu_q.tolist(), cu_k.tolist(), impl="triton")
+    assert torch.equal(a, gqa.attention_packed(q, k, v, cu_q.to(DEVICE), cu_k.to(DEVICE), impl="triton"))
+
+
+def test_packed_as_slices_of_one_projection():
+    """q, k and v side by side in one matrix, as a fused projection leaves them."""
+    random = torch.Generator().manual_seed(0)
+    fused = torch.randn(70, (6 + 2 + 2) * 64, generator=random).to(DEVICE)
+    q, k, v = (x.unflatten(1, (-1, 64)) for x in fused.split([6 * 64, 2 * 64, 2 * 64], dim=1))
+    cu = [0, 3, 70]
+    want = gqa.attention_packed(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, causal=True, impl="triton")
+    assert torch.equal(gqa.attention_packed(q, k, v, cu, cu, causal=True, impl="triton"), want)
+
+
+def test_many_packed_sequences():
+    """More of them than a tile has rows."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 3, (300,), generator=random)
+    cu = torch.tensor([0, *lengths.cumsum(0).tolist()])
+    q, k, v = (torch.randn(int(cu[-1]), heads, 16, generator=random).to(DEVICE) for heads in (3, 1, 1))
+    out = gqa.attention_packed(q, k, v, cu.to(DEVICE), cu.to(DEVICE), causal=True, impl="triton")
+    want = gqa.attention_packed(q, k, v, cu, cu, causal=True, impl="reference")
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"dtype": torch.float64}, r"torch\.float64"),
+        ({"mask": True}, "a mask that requires grad"),
+        ({"scale": True}, "gradients through int8 keys and values"),
+    ],
+)
+def test_what_is_not_served_is_named(change, what):
+    q, k, v = random_call(dtype=change.get("dtype", torch.float32))
+    options: dict[str, Any] = {}
+    if "mask" in change:
+        options["mask"] = torch.zeros(65, requires_grad=True)
+    if "scale" in change:
+        q.requires_grad_()
+        k, v = k.to(torch.int8), v.to(torch.int8)
+        options |= {"k_scale": torch.ones(1, 2, 65), "v_scale": torch.ones(1, 2, 65)}
+    q, k, v, options = there(q, k, v, options)
+    with pytest.raises(GqaError, match=f"does not serve {what}"):
+        gqa.attention(q, k, v, impl="triton", **options)
+
+
+def test_splits_fill_the_gpu_and_no_more():
+    """Of 264 programs at a time."""
+    assert gpu.choose_splits(256, 8192, 264) == 1
+    assert gpu.choose_splits(8, 32768, 264) == 29  # 0.88 of the places; 33 would take all, and more time to join
+    assert gpu.choose_splits(8, 1024, 264) == 4  # a split has 256 keys or more
+    assert gpu.choose_splits(1, 1 << 20, 264) == 109  # within 0.85 of the 128 that are allowed
+    assert gpu.choose_splits(160, 32768, 264) == 3  # 2 rounds that are 0.91 full, not 1 that is 0.61 full
+    assert gpu.choose_splits(5000, 32768, 264) == 1
+
+
+def test_nothing_is_as_large_as_repeated_keys():
+    """What a decode step allocates beside its output is for the splits: float32 rows, whatever S is."""
+    sizes = []
+    for S in (8192, 131072):
+        q, k, v = (torch.empty(1, heads, n, 128, device="meta") for heads, n in ((64, 1), (8, S), (8, S)))
+        launches, out, _ = gpu.plan_forward(
+            q, k, v, False, S - 1, None, None, 0.1, None, None, None, None, None, None, None, None, None, None, False,
+            capability=90, multiprocessors=132,
+        )  # fmt: skip
+        parts = launches[0].arguments["parts"]
+        assert out.shape == q.shape
+        sizes.append(parts.numel())
+    assert sizes[0] <= sizes[1] <= 64 * 128 * 33
