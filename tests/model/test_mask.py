@@ -97,6 +97,18 @@ def test_a_note_means_its_mask(unread):
     assert torch.equal(meaning(known, 6, 20), mask)
 
 
+def test_a_compiled_graph_tells_a_single_query_s_mask_by_itself():
+    seen = torch.zeros(3, 1, 1, 20, dtype=torch.bool)
+    seen[0, ..., 3:12] = seen[1, ..., 5:7] = seen[1, ..., 9] = True
+    tell = torch.compile(plain, fullgraph=True, backend="eager")
+    known = tell(seen)
+    assert known.kv_starts.tolist() == [3, 5, 0]
+    assert known.kv_lengths.tolist() == [12, 10, 20]
+    assert torch.equal(meaning(known, 1, 20), seen)
+    for other in (torch.ones(3, 1, 2, 20, dtype=torch.bool), torch.zeros(3, 1, 1, 20)):
+        assert tell(other) is None
+
+
 def test_no_other_pattern_is_noted():
     window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
     left = torch.ones(2, 20, dtype=torch.bool)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers.served import MODELS, PROMPT_TOKENS, eager_tokens, greedy, prompts, served_model
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import gqa
 from gqa.model import hf
@@ -114,6 +114,15 @@ def test_packed_position_ids_keep_sequences_apart(name, impl):
         packed = model(ids, position_ids=positions, use_cache=False).logits
         apart = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :4], ids[:, 4:])], dim=1)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt-oss-sinks-window"])
+def test_a_static_cache_compiled(name):
+    """As generate() does by itself on a GPU; as one graph, so that nothing in it waits for a value."""
+    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)  # type: ignore[arg-type]
+    compiled._compile_all_devices = True
+    got = greedy(served_model(name, "gqa"), prompts(), cache_implementation="static", compile_config=compiled)
+    assert torch.equal(got, eager_tokens(name, True))
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged"])

@@ -303,12 +303,13 @@ class BlockPool:
 
 
 def _copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors of the host, copied to a device in one transfer that the host does not wait for.
+    """int64 tensors of the host, copied to a device in one transfer.
 
     Each begins at a multiple of 16 bytes there, as kernels are compiled anew for addresses that do not.
     """
     ends = list(itertools.accumulate(x.numel() + x.numel() % 2 for x in tensors))
-    packed = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
+    # The host must not wait for a copy to CUDA, and does not where it is from pinned memory.
+    packed = torch.empty(ends[-1], dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     places = list(zip([0, *ends], tensors, strict=False))
     for begin, x in places:
         packed[begin : begin + x.numel()] = x.flatten()

@@ -66,7 +66,15 @@ def attention_mask(
 
 
 def plain(mask: torch.Tensor | None) -> Plain | None:
-    """What `attention_mask` noted on this very mask. A mask that was changed on its way is another tensor, without."""
+    """What `attention_mask` noted on this very mask. A mask that was changed on its way is another tensor, without.
+
+    Nor do notes go with tensors that torch.compile traces: there a single query's mask is told by itself, and all
+    layers that share it share what that takes. So a static cache is read no further than it is filled.
+    """
+    if torch.compiler.is_compiling():
+        if mask is None or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            return None
+        return Plain(*_ends(mask[:, 0, 0]), None, mask)
     return getattr(mask, _PLAIN, None)
 
 
@@ -82,5 +90,5 @@ def _ends(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _between(starts: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor) -> bool:
     """Whether each row of (B, S) is True between its ends throughout."""
-    keys = torch.arange(seen.shape[1])
+    keys = torch.arange(seen.shape[1], device=seen.device)
     return torch.equal(seen, (keys >= starts[:, None]) & (keys < lengths[:, None]))
