@@ -19,6 +19,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # packed rows up to which a call is bound by memory
 SPLIT_KEYS = 256  # a split's keys at least
 MOST_SPLITS = 128
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Kernels run in Triton's interpreter, on the CPU, if this is set before Triton is imported, by which it goes as well.
+INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 GOOD_FILL = 0.85  # of the best share of the GPU that any number of splits keeps busy
 
 
@@ -32,13 +35,14 @@ def unserved(
     v_scale: torch.Tensor | None,
 ) -> str | None:
     """The first thing asked for that the kernels cannot do, or None."""
-    if not installed():
+    if not INSTALLED:
         return "a machine without Triton"
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         return f"tensors on {q.device.type}"
     if q.dtype not in DTYPES:
         return str(q.dtype)
-    if q.device.type == "cuda" and capability(q.device) < 80:
+    # A compiler of graphs would trace the question, and warn of the cache.
+    if q.device.type == "cuda" and not torch.compiler.is_compiling() and capability(q.device) < 80:
         return "a GPU of compute capability below 8.0"
     if torch.is_grad_enabled():
         for name, x in (("mask", mask), ("k_scale", k_scale), ("v_scale", v_scale)):
@@ -47,21 +51,6 @@ def unserved(
         if k_scale is not None and q.requires_grad:
             return "gradients through int8 keys and values"
     return None
-
-
-@functools.cache
-def installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1, set before Triton is imported."""
-    if "TRITON_INTERPRET" not in os.environ:  # importing Triton takes time that a call on a CPU has no use for
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 @functools.cache
