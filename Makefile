@@ -3,14 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# A GPU machine may have a torch of its own and no network: PYTHON_ENV=python3 takes that Python as it is.
+PYTHON_ENV ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=python3.12 make ...  chooses the Python that makes .venv"
+	@echo "PYTHON_ENV=python3 make bench-gpu  takes that Python as it is, with its torch, and installs nothing"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make ...  takes the small torch without CUDA"
 
 demo: .venv/installed  ## study a small model over the whole dial; writes study/study.json and study/report.html
@@ -27,6 +30,9 @@ lint: .venv/installed  ## formatting, lint, types and the layers
 
 bench: .venv/installed-bench  ## time attention on this CPU against its peers; BENCH_ARGS="--rows full" for every shape
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+bench-gpu: $(if $(PYTHON_ENV),,.venv/installed)  ## test attention on this machine's GPU and time it against its peers, in nine minutes
+	PYTHONPATH=src $(or $(PYTHON_ENV),$(BIN)/python) benchmarks/gpu.py --tests $(BENCH_ARGS)
 
 clean:  ## remove what these tasks made: .venv, study/, caches
 	rm -rf .venv study dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

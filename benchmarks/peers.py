@@ -1,4 +1,5 @@
 """Other libraries' attention as contenders: each gets the inputs in the layout it likes, and says why it cannot serve.
+What is for a GPU alone lies in gpu_peers.py.
 
 Every peer computes on the same number of threads.
 """
@@ -29,7 +30,7 @@ def peers() -> tuple[dict[str, Contender], dict[str, str]]:
     found: dict[str, Contender] = {**TORCH, "torch FlexAttention": flex_attention}
     absent = {}
     for name, contender in (("onnxruntime", onnxruntime_gqa), ("jax", jax_attention)):
-        missing = [library for library in LIBRARIES[name] if not _installed(library)]
+        missing = [library for library in LIBRARIES[name] if not installed(library)]
         if missing:
             absent[name] = f"{' and '.join(missing)} not installed"
         else:
@@ -37,7 +38,7 @@ def peers() -> tuple[dict[str, Contender], dict[str, str]]:
     return found, absent
 
 
-def _installed(library: str) -> bool:
+def installed(library: str) -> bool:
     try:
         importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -47,22 +48,23 @@ def _installed(library: str) -> bool:
 
 def flex_attention(inputs: Inputs) -> Ready:
     """torch's FlexAttention, compiled for the shape."""
-    _floats_only(inputs)
-    if inputs.grad is not None:
+    floats_only(inputs)
+    device = inputs.q.device.type
+    if inputs.grad is not None and device == "cpu":
         raise GqaError("no backward pass on the CPU")
-    compiled, block_mask = _flex(inputs.q.shape[2], inputs.problem.causal)
+    compiled, block_mask = _flex(inputs.q.shape[2], inputs.problem.causal, device)
     return of_torch(inputs, functools.partial(compiled, block_mask=block_mask, enable_gqa=True))
 
 
 @functools.cache
-def _flex(tokens: int, causal: bool) -> tuple[Callable[..., torch.Tensor], Any]:
+def _flex(tokens: int, causal: bool, device: str) -> tuple[Callable[..., torch.Tensor], Any]:
     from torch.nn.attention import flex_attention as flex
 
     # Beyond this number of shapes torch would go back to an uncompiled one, in silence.
     torch._dynamo.config.recompile_limit = 1000  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     mask = None
     if causal:
-        mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device="cpu")
+        mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
     return torch.compile(flex.flex_attention, dynamic=False), mask
 
 
@@ -70,7 +72,7 @@ def onnxruntime_gqa(inputs: Inputs) -> Ready:
     """onnxruntime's com.microsoft GroupQueryAttention. Its cache is updated in place: in a decode step it is handed the
     keys and values before the last, and the last token's apart."""
     onnxruntime = importlib.import_module("onnxruntime")
-    _floats_only(inputs)
+    floats_only(inputs)
     problem = inputs.problem
     if inputs.grad is not None:
         raise GqaError("no backward pass")
@@ -149,7 +151,7 @@ def _onnxruntime_session(query_heads: int, kv_heads: int, head_dim: int, dtype: 
 
 def jax_attention(inputs: Inputs) -> Ready:
     """jax.nn.dot_product_attention under jit, with K and V in its own layout (B, S, H, D)."""
-    _floats_only(inputs)
+    floats_only(inputs)
     jax = importlib.import_module("jax")
     function = _jax(inputs.problem.causal, inputs.grad is not None)
     tensors = [inputs.q, inputs.k, inputs.v, *([] if inputs.grad is None else [inputs.grad])]
@@ -175,7 +177,7 @@ def _jax(causal: bool, backward: bool) -> Callable[..., Any]:
     return jax.jit(forward_and_backward)
 
 
-def ours_in_bf16(inputs: Inputs) -> Ready:
+def ours_in_bf16(inputs: Inputs, impl: str = "auto") -> Ready:
     """`gqa.attention` on the same keys and values in bf16: what int8 saves, measured in the same turns."""
     assert inputs.k_scale is not None
     assert inputs.v_scale is not None
@@ -183,9 +185,9 @@ def ours_in_bf16(inputs: Inputs) -> Ready:
         (x * scale[..., None]).to(inputs.q.dtype)
         for x, scale in ((inputs.k, inputs.k_scale), (inputs.v, inputs.v_scale))
     )
-    return ours()(dataclasses.replace(inputs, k=k, v=v, k_scale=None, v_scale=None))
+    return ours(impl)(dataclasses.replace(inputs, k=k, v=v, k_scale=None, v_scale=None))
 
 
-def _floats_only(inputs: Inputs) -> None:
+def floats_only(inputs: Inputs) -> None:
     if inputs.k_scale is not None:
         raise GqaError("no int8 keys and values")

@@ -85,22 +85,21 @@ def time_rows(
     problems: Sequence[Problem],
     measure_row: Callable[[Problem], list[dict[str, Any]]],
     deadline: float = math.inf,
-) -> list[str]:
-    """Measure what the run does not have yet, in order, while another row as long as the longest of the last few ends
-    before `deadline`, in time.monotonic's seconds. Returns the names of the rows that were not reached."""
+) -> None:
+    """Measure what the run does not have yet, in order, as long as another row that takes what the longest of the last
+    few took would end before `deadline`, in time.monotonic's seconds."""
     recent = collections.deque([0.0], maxlen=RECENT_ROWS)
     for done, problem in enumerate(problems, start=1):
         if run.has(problem):
             continue
         began = time.monotonic()
         if began + max(recent) > deadline:
-            return [name_of(later) for later in problems[done - 1 :] if not run.has(later)]
+            return
         rows = measure_row(problem)
         run.attention += rows
         run.write()
         recent.append(time.monotonic() - began)
         print(f"{done}/{len(problems)} {_line(problem, rows)}", file=sys.stderr, flush=True)
-    return []
 
 
 def name_of(problem: Problem) -> str:

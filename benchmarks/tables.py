@@ -1,8 +1,11 @@
-"""A record of benchmarks/cpu.py as markdown: a line per shape, ours in full, the peers as multiples of our time."""
+"""A record as markdown: a line per shape, ours in full, the peers as multiples of our time.
+
+`markdown` is for benchmarks/cpu.py; gpu_tables.py makes the tables of benchmarks/gpu.py of the same lines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gqa.bench.kernels import OURS
@@ -25,15 +28,27 @@ def markdown(record: Record) -> str:
     prompts = [row for row in attention if row["query_tokens"] > 1]
     for rows in (decode, prompts):
         if rows:
-            parts.append(_table(_attention_lines(rows)))
+            parts.append(table(attention_lines(rows, _shares)))
     if record.results["generation"]:
-        parts.append(_table(_generation_lines(record.results["generation"])))
+        parts.append(table(_generation_lines(record.results["generation"])))
     parts += [f"Absent: {name}, {reason}." for name, reason in record.results["absent"].items()]
     return "\n\n".join(parts)
 
 
-def _attention_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows come contender by contender; a line gathers those of one problem."""
+def _shares(row: Mapping[str, Any]) -> dict[str, str]:
+    return {f"of {bound}": decimal(row, f"fraction_of_{bound}") for bound in ("roofline", "limit")}
+
+
+def decimal(row: Mapping[str, Any], name: str) -> str:
+    """A fraction of the row, if it has that one."""
+    return f"{row[name]:.2f}" if name in row else "-"
+
+
+def attention_lines(
+    rows: Sequence[Mapping[str, Any]], reached: Callable[[Mapping[str, Any]], dict[str, str]]
+) -> list[dict[str, str]]:
+    """Rows come contender by contender; a line gathers those of one problem. `reached` tells of one of our rows what
+    the machine's limits make of it, the same titles for every row."""
     peers = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != OURS))
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
@@ -47,16 +62,14 @@ def _attention_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 "batch": str(row["batch"]),
                 "dtype": row["dtype"] + (" forward and backward" if row["backward"] else ""),
                 "gqa": "",
-                "of roofline": "",
-                "of limit": "",
+                **dict.fromkeys(reached(row), ""),
                 **dict.fromkeys(peers, "-"),
             },
         )
         timed = row["status"] == "timed"
         if row["contender"] == OURS:
             line["gqa"] = format_seconds(row["seconds_p50"]) if timed else row["status"]
-            line["of roofline"] = f"{row['fraction_of_roofline']:.2f}" if timed else "-"
-            line["of limit"] = f"{row['fraction_of_limit']:.2f}" if timed else "-"
+            line |= reached(row)
         elif row["status"] != "unserved":
             line[row["contender"]] = _multiple(row) if timed else row["status"]
     return list(lines.values())
@@ -84,7 +97,7 @@ def _generation_lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]
     return list(lines.values())
 
 
-def _table(lines: Sequence[Mapping[str, str]]) -> str:
+def table(lines: Sequence[Mapping[str, str]]) -> str:
     titles = list(lines[0])
     rule = "|" + "---|" * len(titles)
     rows = [titles, *([line[title] for title in titles] for line in lines)]

@@ -111,7 +111,7 @@ def test_generation_rows_are_measured_once(script, tmp_path, monkeypatch, capsys
     ]  # fmt: skip
     assert all(row["status"] == "timed" for row in rows)
     assert "fp32 20 transformers default: " in capsys.readouterr().err
-    table = script("tables")._table(script("tables")._generation_lines(rows))
+    table = script("tables").table(script("tables")._generation_lines(rows))
     assert table.count("per token") == 8
     assert table.splitlines()[0] == "| model | context | gqa | transformers default | faster |"
 
@@ -126,7 +126,7 @@ def test_tables_of_wrong_and_slow_rows(script):
         base | {"contender": "wrong", "status": "wrong"},
         base | {"contender": "elsewhere", "status": "unserved"},
     ]
-    head, rule, line = tables._table(tables._attention_lines(rows)).splitlines()
+    head, rule, line = tables.table(tables.attention_lines(rows, tables._shares)).splitlines()
     assert head == "| heads | D | S | batch | dtype | gqa | of roofline | of limit | slow | wrong | elsewhere |"
     assert rule.count("---") == 11
     assert line == "| 8/2 | 16 | 63 | 1 | bf16 | 2 ms | 0.90 | 0.80 | 123x | wrong | - |"

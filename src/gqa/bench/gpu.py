@@ -164,7 +164,7 @@ def measure_gpu(*, repeats: int | None = None) -> GpuLimits:
     repeats: by default REPEATS. Raises GqaError for fewer than 1.
     """
     repeats = REPEATS if repeats is None else repeats
-    about: Any = torch.cuda.get_device_properties()
+    about: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     count = min(BUFFER_BYTES, about.total_memory // 16)
     numbers, elsewhere = (torch.randn(count // 4, device="cuda") for _ in range(2))
     reads, copies = read_probes(numbers), copy_probes(numbers, elsewhere)
