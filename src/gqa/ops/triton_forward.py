@@ -18,6 +18,7 @@ from gqa.ops.triton_parts import (
     first_position,
     held_keys,
     load_block,
+    packed_rows,
     seen_by,
     sequence_of,
     tanh,
@@ -94,11 +95,7 @@ def attend(
             k_scale += sequence.to(tl.int64) * k_scale_batch
             v_scale += sequence.to(tl.int64) * v_scale_batch
 
-    # The tile's rows: which token, which head, where in memory.
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_held = row < query_tokens * group
-    token = row // group
-    query_head = head * group + row % group
+    row, row_held, token, query_head = packed_rows(tile, head, query_tokens, group, BLOCK_ROWS)
     dim = tl.arange(0, DIMS)
     v_dim = tl.arange(0, V_DIMS)
     q_rows = q + (query_head * q_head + token.to(tl.int64) * q_token)[:, None]
@@ -153,6 +150,7 @@ def attend(
             at = first + block * BLOCK_KEYS
             key = at + number
             held = key < end
+            tile = tl.where(at < 0, 0, tile)  # never: but so the rows' numbers need no registers over the loop
             if table is None:
                 keys = load_block(
                     k + at.to(tl.int64) * k_token, k_tile, held, dim < HEAD_DIM, edge == 1, DIMS != HEAD_DIM
@@ -225,6 +223,7 @@ def attend(
             else:
                 summed = tl.dot(weights.to(values.dtype), values, summed, input_precision=PRECISION)
 
+    row, row_held, token, query_head = packed_rows(tile, head, query_tokens, group, BLOCK_ROWS)
     seen_any = total > 0
     divided = summed / tl.where(seen_any, total, 1.0)[:, None]
     log_sum = tl.where(seen_any, top + tl.log2(tl.where(seen_any, total, 1.0)), float("-inf"))

@@ -43,6 +43,13 @@ def sequence_of(tile, offsets, total, sequences, group, BLOCK: tl.constexpr, SEQ
 
 
 @triton.jit
+def packed_rows(tile, head, query_tokens, group, BLOCK: tl.constexpr):
+    """(row, whether there is such a row, token, query head) for the rows of a tile of KV head `head`."""
+    row = tile * BLOCK + tl.arange(0, BLOCK)
+    return row, row < query_tokens * group, row // group, head * group + row % group
+
+
+@triton.jit
 def held_keys(sequence, key_tokens, kv_lengths, kv_starts):
     """(first, end) of the keys that exist for a sequence."""
     first = 0
