@@ -75,7 +75,7 @@ def test_constraints_pin_every_declared_dependency_once() -> None:
     assert not [line for line in lines if "+" in line.partition("#")[0]], "a local version tag fits one index only"
 
 
-@pytest.mark.parametrize("task", ["help", "demo", "test", "lint", "bench", "clean"])
+@pytest.mark.parametrize("task", ["help", "demo", "test", "lint", "bench", "bench-gpu", "clean"])
 def test_make_knows_the_task(task: str) -> None:
     run = subprocess.run(["make", "--dry-run", task], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

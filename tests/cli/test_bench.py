@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from helpers.checkpoints import tiny_config, write_checkpoint
+from helpers.fake_cuda import FakeCuda, gpu_limits
 
-from gqa.bench import machine
-from gqa.bench.kernels import OURS, TORCH
+from gqa.bench import machine, run
+from gqa.bench.kernels import OURS, TORCH, ours
 from gqa.cli.main import main
 
 SMALL = ("--context", "63", "--repeats", "2", "--impl", "reference", "--device", "cpu")
@@ -99,6 +101,50 @@ def test_an_implementation_that_cannot_serve_is_said(bench):
     assert "gqa at 2 KV heads is unserved:" in out
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that takes a nanosecond for everything."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cpu = run.measure_device
+    monkeypatch.setattr(run, "measure_device", lambda device: gpu_limits(cuda) if device == "cuda" else cpu(device))
+    monkeypatch.setattr(run.kernels, "TORCH", {"torch": cuda.contender(TORCH["torch enable_gqa"], 2e-9)})
+    monkeypatch.setattr(run.kernels, "ours", lambda impl: cuda.contender(ours(impl), 1e-9))
+    return cuda
+
+
+def test_a_gpu_is_timed_where_there_is_one(bench, gpu):
+    shape = ("--heads", "8/2", "--head-dim", "16", "--context", "63", "--repeats", "2", "--impl", "reference")
+    code, out, _ = bench(*shape, "--json")
+    assert code == 0
+    assert read(out)["inputs"]["device"] == "cuda"
+    code, out, _ = bench(*shape)
+    lines = out.splitlines()
+    assert lines[0] == (
+        "NVIDIA H200, 132 multiprocessors: copies 4,000 GB/s, bytes read and written, reads 3,000 GB/s, multiplies"
+        " matrices at bf16 500, fp16 500, fp32 50 TFLOP/s (measured)"
+    )
+    header, row = lines[3:5]
+    assert header.split()[-8:] == ["GB/s", "of", "copy", "of", "datasheet", "of", "limit", "torch"]
+    bandwidth = 63 * 2 * 2 * 16 * 2 / 1e-9 / 1e9  # GB/s
+    assert row.split()[-5:] == [
+        f"{bandwidth:,.0f}", f"{bandwidth / 4000:.0%}", f"{bandwidth / 4800:.0%}", f"{bandwidth / 4000:.0%}", "2.00x"
+    ]  # fmt: skip
+    code, out, _ = bench(*shape, "--prefill")
+    header, row = out.splitlines()[3:5]
+    assert "TFLOP/s" in header
+    assert "of matrix" in header
+    assert "GB/s" not in header
+    assert bench(*shape, "--device", "cpu")[0] == 0  # the CPU can still be asked for
+
+
+def test_a_gpu_that_is_not_there_is_named(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = bench("--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: device cuda is not available")
+
+
 def test_a_bundled_shape_has_kernel_rows_only(bench):
     code, out, err = bench("qwen2.5-0.5b", "--kv-heads", "2", "--json", *SMALL)
     assert code == 0
@@ -150,6 +196,7 @@ def test_layers_of_a_shape_with_random_weights(bench, tmp_path):
         (["--head-dim", "0"], "head_dim must be positive"),
         (["--context", "0"], "a token count is not understood"),
         (["--dtype", "fp8"], "an unknown dtype"),
+        (["--device", "tpu"], "an unknown device"),
         (["--layers", "2"], "--layers goes with a MODEL"),
         (["llama-3-8b", "--heads", "8"], "MODEL gives the heads"),
         (["llama-3-8b", "--kv-heads", "3"], "3 KV heads do not divide 32 query heads"),

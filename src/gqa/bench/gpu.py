@@ -158,21 +158,21 @@ def calls_per_graph(kv_bytes: int, copies: int) -> int:
     return copies * max(1, wanted // copies)
 
 
-def measure_gpu(*, repeats: int | None = None) -> GpuLimits:
+def measure_gpu(*, repeats: int | None = None, device: str = "cuda") -> GpuLimits:
     """Measure the limits of torch's current CUDA device in turns: some seconds, and 4 GiB or an eighth of its memory.
 
-    repeats: by default REPEATS. Raises GqaError for fewer than 1.
+    repeats: by default REPEATS; device: where the numbers lie. Raises GqaError for fewer than 1 repeat.
     """
     repeats = REPEATS if repeats is None else repeats
     about: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     count = min(BUFFER_BYTES, about.total_memory // 16)
-    numbers, elsewhere = (torch.randn(count // 4, device="cuda") for _ in range(2))
+    numbers, elsewhere = (torch.randn(count // 4, device=device) for _ in range(2))
     reads, copies = read_probes(numbers), copy_probes(numbers, elsewhere)
     clock = functools.partial(event_clock, filler=reads[0].run)
     read, read_rate = fastest(reads, repeats, clock)
     copy, copy_rate = fastest(copies, repeats, clock)
     matrices = {
-        dtype: fastest(matrix_probes(dtype, sizes, "cuda"), repeats, clock) for dtype, sizes in MATRIX_SIZES.items()
+        dtype: fastest(matrix_probes(dtype, sizes, device), repeats, clock) for dtype, sizes in MATRIX_SIZES.items()
     }
     known = datasheet(about.name)
     machine = Gpu(
