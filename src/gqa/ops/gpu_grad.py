@@ -90,12 +90,12 @@ def plan_backward(
     results = gradients(q, k, v, sinks, q_offsets)
     dq, dk, dv, _ = results
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
-    delta = lse.new_empty(B, HG, T, dtype=torch.float32)
+    shift, delta = lse.new_empty((2, B, HG, T), dtype=torch.float32).unbind()
 
     ragged = gpu.ragged(q_offsets, k_offsets, T, S)
     options = {
         **_tensors(q=q, k=k, v=v, d_out=d_out),
-        "lse": whole(lse, torch.float32), "delta": delta, "lse_batch": HG * T, "lse_head": T,
+        "shift": shift, "delta": delta, "lse_batch": HG * T, "lse_head": T,
         "kv_heads": H, "group": group, "query_tokens": T, "key_tokens": S, "scale": scale, "softcap": softcap,
         **gpu.positions(causal, q_start, q_starts, window, kv_lengths, kv_starts),
         **gpu.describe_mask(mask, q, S),
@@ -109,7 +109,8 @@ def plan_backward(
     launches = []
     for name, kernel, tokens_of_tile, own in (
         ("backward_rows", triton_backward.differentiate_rows, T * group, {
-            **_tensors(out=out, dq=dq), "d_lse": None if d_lse is None else whole(d_lse, torch.float32),
+            **_tensors(out=out, dq=dq), "lse": whole(lse, torch.float32),
+            "d_lse": None if d_lse is None else whole(d_lse, torch.float32),
         }),
         ("backward_keys", triton_backward.differentiate_keys, S, _tensors(dk=dk, dv=dv)),
     ):  # fmt: skip
