@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 import gqa
+from gqa.cache.int8 import quantise
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -88,3 +90,11 @@ def eager_tokens(name: str, padded: bool) -> torch.Tensor:
     tokens = greedy(served_model(name, "eager"), prompts(padded))
     assert len(set(tokens[:, PROMPT_TOKENS:].flatten().tolist())) > 4  # a degenerate model would prove nothing
     return tokens
+
+
+class RoundedCache(DynamicCache):
+    """transformers' own cache, whose keys and values have gone through int8 and back."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        k, v = (q * scale[..., None] for q, scale in (quantise(key_states), quantise(value_states)))
+        return super().update(k, v, layer_idx, *args, **kwargs)

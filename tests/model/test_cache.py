@@ -4,24 +4,14 @@ import copy
 
 import pytest
 import torch
-from helpers.served import WINDOW, eager_tokens, greedy, prompts, served_model
-from transformers import DynamicCache
+from helpers.served import WINDOW, RoundedCache, eager_tokens, greedy, prompts, served_model
 
 import gqa
-from gqa.cache.int8 import quantise
 from gqa.cache.pool import BlockPool
 from gqa.errors import GqaError
 
 KINDS = ("contiguous", "paged", "int8")
 TOKEN = 2 * 2 * (12 + 12)  # layers, KV heads, D + Dv: numbers that one token of llama-gqa takes
-
-
-class RoundedCache(DynamicCache):
-    """transformers' own cache, whose keys and values have gone through int8 and back."""
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        k, v = (q * scale[..., None] for q, scale in (quantise(key_states), quantise(value_states)))
-        return super().update(k, v, layer_idx, *args, **kwargs)
 
 
 def forward(model, ids, cache):

@@ -100,7 +100,7 @@ def test_a_note_means_its_mask(unread):
 def test_a_compiled_graph_tells_a_single_query_s_mask_by_itself():
     seen = torch.zeros(3, 1, 1, 20, dtype=torch.bool)
     seen[0, ..., 3:12] = seen[1, ..., 5:7] = seen[1, ..., 9] = True
-    tell = torch.compile(plain, fullgraph=True, backend="eager")
+    tell: Any = torch.compile(plain, fullgraph=True, backend="eager")
     known = tell(seen)
     assert known.kv_starts.tolist() == [3, 5, 0]
     assert known.kv_lengths.tolist() == [12, 10, 20]

@@ -120,7 +120,7 @@ def test_packed_position_ids_keep_sequences_apart(name, impl):
 def test_a_static_cache_compiled(name):
     """As generate() does by itself on a GPU; as one graph, so that nothing in it waits for a value."""
     compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)  # type: ignore[arg-type]
-    compiled._compile_all_devices = True
+    compiled._compile_all_devices = True  # type: ignore[assignment]
     got = greedy(served_model(name, "gqa"), prompts(), cache_implementation="static", compile_config=compiled)
     assert torch.equal(got, eager_tokens(name, True))
 
