@@ -24,7 +24,7 @@ DECODE_ROWS = (16, 32, 64)  # 16 is the least that a matrix instruction takes
 class Tile:
     """What one program works on, and with what.
 
-    block_rows: packed rows, (token, query of the group) pairs of one KV head
+    block_rows: packed rows, (token, query of the group) pairs of one KV head; in "backward_keys" tokens of a query head
     block_keys: keys in one step
     warps:      warps per program
     stages:     steps whose loads are in flight, as Triton counts them
@@ -50,6 +50,7 @@ class Place:
     kind: str
 
 
+@functools.cache
 def tile(
     kernel: str,
     capability: int,
@@ -63,12 +64,14 @@ def tile(
 
     capability: of the device, 10 * major + minor; at least 80
     head_dim, v_head_dim: D and Dv, at most 256
-    rows: packed rows of a KV head, T * G; only "decode" looks at them, which has at most 64 of them in a tile
+    rows: packed rows of a KV head, T * G; only "decode" looks at them: of DECODE_ROWS its tile has the least that holds
+          them, and no more than its row of the table says
     """
     found = table()[place(kernel, capability, head_dim, v_head_dim, dtype, kv_dtype)]
     if kernel != "decode":
         return found
-    return dataclasses.replace(found, block_rows=next((most for most in DECODE_ROWS if rows <= most), DECODE_ROWS[-1]))
+    block_rows = next((most for most in DECODE_ROWS if rows <= most), found.block_rows)
+    return dataclasses.replace(found, block_rows=min(block_rows, found.block_rows))
 
 
 def place(
