@@ -137,12 +137,13 @@ def test_what_is_not_served_is_named(change, what):
 
 def test_splits_fill_the_gpu_and_no_more():
     """Of 264 programs at a time."""
-    assert gpu.choose_splits(256, 8192, 264) == 1
-    assert gpu.choose_splits(8, 32768, 264) == 29  # 0.88 of the places; 33 would take all, and more time to join
-    assert gpu.choose_splits(8, 1024, 264) == 4  # a split has 256 keys or more
-    assert gpu.choose_splits(1, 1 << 20, 264) == 109  # within 0.85 of the 128 that are allowed
-    assert gpu.choose_splits(160, 32768, 264) == 3  # 2 rounds that are 0.91 full, not 1 that is 0.61 full
-    assert gpu.choose_splits(5000, 32768, 264) == 1
+    assert gpu.choose_splits(256, 32, 264) == 1
+    assert gpu.choose_splits(8, 128, 264) == 29  # 0.88 of the places; 33 would take all, and more time to join
+    assert gpu.choose_splits(8, 4, 264) == 4
+    assert gpu.choose_splits(1, 4096, 264) == 109  # within 0.85 of the 128 that are allowed
+    assert gpu.choose_splits(160, 128, 264) == 3  # 2 rounds that are 0.91 full, not 1 that is 0.61 full
+    assert gpu.choose_splits(5000, 128, 264) == 1
+    assert gpu.choose_splits(8, 0, 264) == 1
 
 
 def test_nothing_is_as_large_as_repeated_keys():

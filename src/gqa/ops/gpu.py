@@ -15,6 +15,8 @@ from gqa.ops.call import dense, like_queries
 from gqa.ops.launch import Launch
 from gqa.ops.triton_tiles import tile
 
+_tile = functools.cache(tile)  # a step's time is short
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # packed rows up to which a call is bound by memory
 SPLIT_KEYS = 256  # a split's keys at least
@@ -150,13 +152,13 @@ def plan_forward(
 
     rows = T * group
     few = rows <= FEW_ROWS and q_offsets is None
-    shape = tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
+    shape = _tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
     tiles = -(-rows // shape.block_rows)
     splits = 1
     if q_offsets is not None:
         tiles += q_offsets.shape[0] - 1  # the last tile of each sequence may be partly filled
     else:
-        splits = choose_splits(B * H * tiles, S, multiprocessors * (2 if few else 1))
+        splits = choose_splits(B * H * tiles, S // SPLIT_KEYS, multiprocessors * (2 if few else 1))
     parts = part_lse = None
     if splits > 1:
         parts = q.new_empty((splits, B, H, rows, Dv), dtype=torch.float32)
@@ -206,14 +208,16 @@ def plan_forward(
     return [attend, join], out, lse
 
 
-def choose_splits(tiles: int, key_tokens: int, places: int) -> int:
+@functools.cache
+def choose_splits(tiles: int, most: int, places: int) -> int:
     """Over how many programs to share the keys of each tile.
 
-    tiles: programs without splitting; places: programs that the GPU holds at a time. A GPU is used best where the last
+    tiles: programs without splitting; most: splits that the keys suffice for; places: programs that the GPU holds at a
+    time. A GPU is used best where the last
     round of programs is nearly full; of all that come close to the best the fewest is chosen, as every split is written
     and read once more. (FlashAttention's rule; https://github.com/Dao-AILab/flash-attention, hopper/heuristics.h.)
     """
-    most = min(MOST_SPLITS, max(1, key_tokens // SPLIT_KEYS), max(1, 2 * places // tiles))
+    most = max(1, min(MOST_SPLITS, most, 2 * places // tiles))
     filled = [tiles * n / (-(-tiles * n // places) * places) for n in range(1, most + 1)]
     return next(n for n, share in enumerate(filled, start=1) if share >= GOOD_FILL * max(filled))
 

@@ -20,8 +20,11 @@ from gqa.ops.triton_parts import (
     load_block,
     packed_rows,
     seen_by,
+    seen_keys,
     sequence_of,
+    span_of,
     tanh,
+    whole_blocks,
 )
 
 # Numbers that change from call to call of one model, such as lengths, must not compile it anew.
@@ -64,9 +67,7 @@ def attend(
         )
         if sequence == sequences:
             return
-        first_key = tl.minimum(tl.maximum(tl.load(k_offsets + sequence).to(tl.int32), 0), total_keys)
-        end_key = tl.minimum(tl.load(k_offsets + sequence + 1).to(tl.int32), total_keys)
-        key_tokens = tl.maximum(end_key - first_key, 0)
+        first_key, key_tokens = span_of(sequence, k_offsets, total_keys)
         q += first_query.to(tl.int64) * q_token
         out += first_query.to(tl.int64) * out_token
         if lse is not None:
@@ -101,24 +102,22 @@ def attend(
     q_rows = q + (query_head * q_head + token.to(tl.int64) * q_token)[:, None]
     queries = load_block(q_rows, dim[None, :], row_held, dim < HEAD_DIM, True, DIMS != HEAD_DIM)
 
-    # The keys that any row of the tile sees are [first, end), those that all rows see [all_first, all_end).
     start = first_position(sequence, query_tokens, key_tokens, q_start, q_starts)
     first, end = held_keys(sequence, key_tokens, kv_lengths, kv_starts)
     lowest = start + (tile * BLOCK_ROWS) // group
     highest = start + tl.minimum((tile * BLOCK_ROWS + BLOCK_ROWS - 1) // group, query_tokens - 1)
-    all_first = first
-    all_end = end
-    if CAUSAL:
-        all_end = tl.minimum(end, lowest + 1)
-        end = tl.minimum(end, highest + 1)
-    if window is not None:
-        all_first = tl.maximum(first, highest - window + 1)
-        first = tl.maximum(first, lowest - window + 1)
+    first, end, all_first, all_end = seen_keys(first, end, lowest, highest, window, CAUSAL)
     if parts is not None:
         share = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK_KEYS), splits) * BLOCK_KEYS
         first += split * share
         end = tl.minimum(end, first + share)
-    blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK_KEYS)
+    blocks, whole_first, whole = whole_blocks(first, end, all_first, all_end, BLOCK_KEYS)
+    # Two loops: over blocks that all rows see whole, without a question asked, then over the edges. At decode one asks
+    # little and is not bound by it; there a second loop would begin with nothing on its way.
+    ONE_LOOP: tl.constexpr = FEW_ROWS or mask is not None
+    if ONE_LOOP:
+        whole_first *= 0
+        whole *= 0
 
     # A sink is a score without a value: where the sum begins.
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -129,22 +128,10 @@ def attend(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     summed = tl.zeros([BLOCK_ROWS, V_DIMS], tl.float32)
 
-    # Two loops: over blocks that all rows see whole, without a question asked, then over the others. At decode one
-    # asks little and is not bound by it; there a second loop would begin with nothing on its way.
-    if FEW_ROWS or mask is not None:
-        whole_first = 0
-        whole_end = 0
-    else:
-        whole_first = tl.cdiv(tl.maximum(all_first - first, 0), BLOCK_KEYS)
-        whole_end = tl.maximum(tl.minimum(all_end, end) - first, 0) // BLOCK_KEYS
-        whole_first = tl.minimum(whole_first, blocks)
-        whole_end = tl.maximum(whole_end, whole_first)
-    whole = whole_end - whole_first
-
     number = tl.arange(0, BLOCK_KEYS)
     k_tile = number[:, None] * k_token + dim[None, :]
     v_tile = number[:, None] * v_token + v_dim[None, :]
-    for edge in tl.static_range(1 if FEW_ROWS or mask is not None else 0, 2):
+    for edge in tl.static_range(1 if ONE_LOOP else 0, 2):
         for i in range(0, blocks - whole if edge else whole):
             block = tl.where(i < whole_first, i, i + whole) if edge else whole_first + i
             at = first + block * BLOCK_KEYS

@@ -30,16 +30,23 @@ def sequence_of(tile, offsets, total, sequences, group, BLOCK: tl.constexpr, SEQ
     """
     number = tl.arange(0, SEQUENCES)
     here = number < sequences
-    first = tl.load(offsets + number, mask=here, other=0).to(tl.int32)
-    end = tl.load(offsets + number + 1, mask=here, other=0).to(tl.int32)
-    first = tl.minimum(tl.maximum(first, 0), total)
-    tokens = tl.minimum(tl.maximum(end, first), total) - first
+    first = tl.minimum(tl.maximum(tl.load(offsets + number, mask=here, other=0).to(tl.int32), 0), total)
+    end = tl.minimum(tl.load(offsets + number + 1, mask=here, other=0).to(tl.int32), total)
+    tokens = tl.maximum(end - first, 0)
     tiles = (tokens * group + BLOCK - 1) // BLOCK
     ends = tl.cumsum(tiles, 0)
     sequence = tl.sum((here & (ends <= tile)).to(tl.int32), 0)
     chosen = number == sequence
     tile -= tl.sum(tl.where(number < sequence, tiles, 0), 0)
     return sequence, tile, tl.sum(tl.where(chosen, first, 0), 0), tl.sum(tl.where(chosen, tokens, 0), 0)
+
+
+@triton.jit
+def span_of(sequence, offsets, total):
+    """(first token, tokens) of a sequence of a ragged batch; see `sequence_of`."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + sequence).to(tl.int32), 0), total)
+    end = tl.minimum(tl.load(offsets + sequence + 1).to(tl.int32), total)
+    return first, tl.maximum(end - first, 0)
 
 
 @triton.jit
@@ -70,6 +77,31 @@ def first_position(sequence, query_tokens, key_tokens, q_start, q_starts):
         return q_start
     else:
         return key_tokens - query_tokens
+
+
+@triton.jit
+def seen_keys(first, end, lowest, highest, window, CAUSAL: tl.constexpr):
+    """(first, end, all_first, all_end) for queries at positions lowest to highest and the keys from first to end:
+    [first, end) is what any of them sees, [all_first, all_end) what all of them see, which may be empty."""
+    all_first = first
+    all_end = end
+    if CAUSAL:
+        all_end = tl.minimum(end, lowest + 1)
+        end = tl.minimum(end, highest + 1)
+    if window is not None:
+        all_first = tl.maximum(first, highest - window + 1)
+        first = tl.maximum(first, lowest - window + 1)
+    return first, end, all_first, all_end
+
+
+@triton.jit
+def whole_blocks(first, end, all_first, all_end, BLOCK: tl.constexpr):
+    """(blocks, first whole one, how many are whole) of the blocks of keys that begin at `first`. A whole one is seen by
+    all; those before and after it, edges, by some."""
+    blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
+    whole_first = tl.minimum(tl.cdiv(tl.maximum(all_first - first, 0), BLOCK), blocks)
+    whole_end = tl.maximum(tl.minimum(all_end, end) - first, 0) // BLOCK
+    return blocks, whole_first, tl.maximum(whole_end - whole_first, 0)
 
 
 @triton.jit
