@@ -184,7 +184,7 @@ def plan_forward(
             "splits": splits, "parts": parts, "part_lse": part_lse,
             "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": padded(D), "V_DIMS": padded(Dv),
             "PAGE": 0 if block_table is None else k.shape[2],
-            "PRECISION": precision(q.dtype),
+            "PRECISION": precision(q.dtype, D, Dv),
             "BLOCK_ROWS": shape.block_rows, "BLOCK_KEYS": shape.block_keys, "FEW_ROWS": few,
         },
         shape.warps,
@@ -227,9 +227,12 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: on tensor cores in three products of parts, to about fp32's precision."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+def precision(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str:
+    """How fp32 is multiplied: on tensor cores in three products of parts, to about fp32's precision; where the parts do
+    not fit into registers, as it is."""
+    if dtype != torch.float32:
+        return "tf32"  # not asked for
+    return "tf32x3" if max(head_dim, v_head_dim) <= 128 else "ieee"
 
 
 def positions(

@@ -101,7 +101,7 @@ def plan_backward(
         **gpu.describe_mask(mask, q, S),
         **(ragged if q_offsets is not None else ragged | {"sequences": B}),
         "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": gpu.padded(D), "V_DIMS": gpu.padded(Dv),
-        "PRECISION": gpu.precision(q.dtype),
+        "PRECISION": gpu.precision(q.dtype, D, Dv),
     }  # fmt: skip
     # The last tile of each ragged sequence may be partly filled.
     more = 0 if q_offsets is None else q_offsets.shape[0] - 1
