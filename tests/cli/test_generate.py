@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 from helpers.small import small_parent
 
-from gqa.cli.generate import command
+from gqa.cli.generate import _summary, command
 from gqa.errors import GqaError
+from gqa.model.generate import Generation
 
 PROMPT = "def f3(x):"
 
@@ -63,6 +64,11 @@ def test_every_attention_and_cache_gives_the_same_text(model):
         )
     }
     assert len(texts) == 1
+
+
+def test_the_summary_tells_a_gpu_s_peak_memory():
+    on_gpu = Generation("text", 6, 20, 0.25, 80.0, 12 << 10, 3 << 20, interrupted=False)
+    assert _summary(on_gpu).endswith("20 tokens at 80.0 tokens/s, KV cache 12 KiB, peak GPU memory 3 MiB")
 
 
 def test_half_precision_halves_the_cache(model):

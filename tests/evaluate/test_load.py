@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.models import tiny_llama
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from gqa.errors import GqaError
 from gqa.evaluate import load_model
@@ -50,4 +51,21 @@ def test_an_unknown_architecture_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing", "architectures": ["Nothing"]}))
     with pytest.raises(GqaError, match="cannot load"):
+        load_model(folder)
+
+
+def test_a_device_that_is_not_here_is_named(folder):
+    for device in ("nowhere", "cuda:99"):
+        with pytest.raises(GqaError, match="no such device") as caught:
+            load_model(folder, device=device)
+        assert device in str(caught.value)
+        assert "cpu" in str(caught.value)
+
+
+def test_a_device_that_is_too_small_is_told(folder, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(GqaError, match="does not fit on the device"):
         load_model(folder)

@@ -1,5 +1,6 @@
 """Streaming text from a model: the pieces, the figures, and the ways it ends."""
 
+import copy
 import itertools
 import os
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import gqa
 from gqa.errors import GqaError
-from gqa.model.generate import Sampling, _Stream, check_device, encode_prompt, generate, use_attention
+from gqa.model.generate import Sampling, _Stream, encode_prompt, generate, use_attention
 from gqa.text import load_tokenizer
 
 DRAWN = Sampling(temperature=1.0, seed=3)
@@ -124,6 +125,27 @@ def test_caches(parent):
     assert (theirs.text, theirs.kv_cache_bytes) == (default.text, default.kv_cache_bytes)
 
 
+def test_memory_is_told_of_a_gpu_only(parent):
+    model, tokenizer = parent
+    assert generate(model, tokenizer, encode_prompt(tokenizer, "def f3(x):"), max_tokens=2).peak_memory_bytes is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(parent):
+    model, tokenizer = parent
+    ids = encode_prompt(tokenizer, "def f3(x):")
+    want = generate(model, tokenizer, ids, max_tokens=12)
+    there = copy.deepcopy(model).to("cuda")
+    before = torch.cuda.get_rng_state()
+    got = generate(there, tokenizer, ids, max_tokens=12)
+    assert (got.text, got.kv_cache_bytes) == (want.text, want.kv_cache_bytes)
+    assert got.peak_memory_bytes is not None
+    assert got.peak_memory_bytes > sum(parameter.nbytes for parameter in there.parameters())
+    first, second = (generate(there, tokenizer, ids, max_tokens=12, sampling=DRAWN).text for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 def test_ctrl_c_keeps_what_there_is(parent):
     model, tokenizer = parent
     ids = encode_prompt(tokenizer, "def f3(x):")
@@ -195,9 +217,6 @@ def test_mistakes(parent):
             Sampling(1.0, top_p)
     with pytest.raises(GqaError, match="does not sample"):
         Sampling(0.0, 0.5)
-    for device in ("nowhere", "cuda:99"):
-        with pytest.raises(GqaError, match="no such device"):
-            check_device(device)
 
 
 def test_attention_that_a_model_cannot_run():

@@ -86,11 +86,9 @@ def command(
     import torch
 
     from gqa.evaluate.load import load_model, quiet_transformers
-    from gqa.model.generate import Sampling, check_device, encode_prompt, generate, use_attention
+    from gqa.model.generate import Sampling, encode_prompt, generate, use_attention
 
     sampling = Sampling(temperature, top_p, seed)
-    if device:
-        check_device(device)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
     stored = _DTYPES.get(shape.weight_dtype or "") if dtype == "auto" else _DTYPES[dtype]
     loaded = load_model(source.folder, dtype=getattr(torch, stored) if stored else None, device=device)
@@ -145,4 +143,6 @@ def _summary(result: Generation) -> str:
     parts.append(f"{result.new_tokens} token{'' if result.new_tokens == 1 else 's'}{rate}")
     if result.kv_cache_bytes is not None:
         parts.append(f"KV cache {format_bytes(result.kv_cache_bytes)}")
+    if result.peak_memory_bytes is not None:
+        parts.append(f"peak GPU memory {format_bytes(result.peak_memory_bytes)}")
     return ", ".join(parts)

@@ -16,19 +16,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_device(name: str) -> None:
+    """Raise GqaError for a device that torch does not know, or does not have here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        got = f"{name}: {str(error).splitlines()[0]}"
+        raise GqaError("no such device here", got=got, allowed=", ".join(here)) from None
+
+
 def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
     """Load a causal language model for measuring, in eval mode, from local safetensors only.
 
     device: `cuda` where there is one, else `cpu`. dtype: as stored on a GPU; fp32 on a CPU, where half precision is
     slower and its rounding would add to what is measured.
-    Raises GqaError for what Checkpoint refuses (no folder, pickles, missing or truncated shards, quantised), for an
-    architecture that transformers does not know, and for weights that do not fill the model: transformers would only
-    warn and go on with random numbers.
+    Raises GqaError for a device that is not here or too small, for what Checkpoint refuses (no folder, pickles, missing
+    or truncated shards, quantised), for an architecture that transformers does not know, and for weights that do not
+    fill the model: transformers would only warn and go on with random numbers.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     Checkpoint(folder)
     from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         with quiet_transformers():
@@ -52,7 +63,10 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: 
             f"the first {(missing + mismatched)[0]}",
             allowed="every tensor of the architecture, in the shape that config.json gives",
         )
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise GqaError("the model does not fit on the device", got=str(error).splitlines()[0]) from None
 
 
 @contextlib.contextmanager

@@ -42,8 +42,9 @@ class Sampling:
 class Generation:
     """text: without the prompt and special tokens. seconds_to_first_token: the prompt's computation and one token.
     tokens_per_second: of the tokens after the first, None where there are none. kv_cache_bytes: of the keys and values
-    held at the end, None without a cache or where it is transformers' choice and was interrupted. interrupted: by
-    Ctrl-C; the rest tells of what had been generated."""
+    held at the end, None without a cache or where it is transformers' choice and was interrupted. peak_memory_bytes:
+    the most that torch held on the model's GPU, weights included; None elsewhere. interrupted: by Ctrl-C; the rest
+    tells of what had been generated."""
 
     text: str
     prompt_tokens: int
@@ -51,15 +52,8 @@ class Generation:
     seconds_to_first_token: float | None
     tokens_per_second: float | None
     kv_cache_bytes: int | None
+    peak_memory_bytes: int | None
     interrupted: bool
-
-
-def check_device(name: str) -> None:
-    """Raise GqaError for a device that torch does not know, or does not have here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise GqaError("no such device here", got=f"{name}: {str(error).splitlines()[0]}") from None
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
@@ -140,8 +134,12 @@ def generate(
     held: Any = options.get("past_key_values")
     interrupted = False
     prompt_ids = prompt_ids.to(model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.inference_mode():
         torch.manual_seed(sampling.seed)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)  # the stream's times are of tokens on the host, so only the first needs this
+            torch.cuda.reset_peak_memory_stats(gpu)
         stream.start = time.perf_counter()
         try:
             result: Any = model.generate(  # type: ignore[operator]
@@ -164,6 +162,7 @@ def generate(
         seconds_to_first_token=times[0] - stream.start if times else None,
         tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
         kv_cache_bytes=_nbytes(held),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(gpus[0]) if gpus else None,
         interrupted=interrupted,
     )
 
