@@ -42,6 +42,7 @@ from gqa.record import read_record
 
 COMMAND = "benchmark gpu"
 ROOT = Path(__file__).parents[1]
+GPU_TESTS = ("tests/ops/test_triton*.py", "tests/bench/test_gpu.py")
 TEST_PROCESSES = 8  # where pytest can share its tests out: they wait for compilers most of the time
 
 # Seconds.
@@ -85,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tests(limit: float) -> tuple[bool, str]:
-    """(whether all passed, pytest's closing line) of the tests of the Triton kernels, which take a GPU where there is
-    one. They are ended after `limit` seconds."""
-    files = sorted(map(str, (ROOT / "tests/ops").glob("test_triton*.py")))
+    """(whether all passed, pytest's closing line) of the tests that take a GPU where there is one. They are ended
+    after `limit` seconds."""
+    files = [str(file) for pattern in GPU_TESTS for file in sorted(ROOT.glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     if installed("pytest-xdist"):
         command += ["-n", str(TEST_PROCESSES)]

@@ -82,7 +82,10 @@ def _passes(rows: Iterable[Row], backward: bool) -> list[Row]:
 
 
 def _shares(rows: Iterable[Row]) -> list[float]:
-    return [row.get("fraction_of_datasheet", 0.0) for row in rows if row["contender"] == OURS]
+    """Of the datasheet's bandwidth; none where there is no datasheet of the GPU."""
+    ours = [row for row in rows if row["contender"] == OURS]
+    missed = [0.0 for row in ours if row["status"] != "timed"]
+    return missed + [row["fraction_of_datasheet"] for row in ours if "fraction_of_datasheet" in row]
 
 
 def _multiples(rows: Iterable[Row], counts: Callable[[Row], bool]) -> list[float]:
