@@ -46,7 +46,8 @@ GPU_TESTS = ("tests/ops/test_triton*.py", "tests/bench/test_gpu.py")
 TEST_PROCESSES = 8  # where pytest can share its tests out: they wait for compilers most of the time
 
 # Seconds.
-RESERVE = 15  # for the tables
+RESERVE = 25  # for the last row's end and the tables
+GRACE = 15  # of it, until a row that has not come to its end is killed
 STUCK = 120  # in one row: FlexAttention's compilation takes some tens
 LEAST = 20  # worth beginning for
 POLL = 0.5
@@ -106,21 +107,23 @@ def run_tests(limit: float) -> tuple[bool, str]:
 def supervise(asked: dict[str, Any]) -> bool:
     """Time the rows in a process, and behind a row that ended it in another. Whether the last one came to its end."""
     current = row_file(Path(asked["out"]))
-    current.unlink(missing_ok=True)
-    for _ in range(MOST_STARTS):
-        if time.monotonic() + LEAST > asked["deadline"]:
-            return False
-        process = subprocess.Popen([*WORKER, json.dumps(asked)])
-        code = _watch(process, current, asked["deadline"])
-        if code == 0:
-            return True
-        if not current.exists():  # no row is to blame
-            return False
-        asked["skip"] = [*asked["skip"], current.read_text()]
-        asked["append"] = True
-        print(f"the process ended with {code} in {asked['skip'][-1]}", file=sys.stderr, flush=True)
-        current.unlink()
-    return False
+    try:
+        for _ in range(MOST_STARTS):
+            current.unlink(missing_ok=True)
+            if time.monotonic() + LEAST > asked["deadline"]:
+                return False
+            process = subprocess.Popen([*WORKER, json.dumps(asked)])
+            code = _watch(process, current, asked["deadline"] + GRACE)
+            if code == 0:
+                return True
+            if not current.exists():  # no row is to blame
+                return False
+            asked["skip"] = [*asked["skip"], current.read_text()]
+            asked["append"] = True
+            print(f"the process ended with {code} in {asked['skip'][-1]}", file=sys.stderr, flush=True)
+        return False
+    finally:
+        current.unlink(missing_ok=True)
 
 
 def _watch(process: subprocess.Popen, current: Path, deadline: float) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import gqa
+from gqa.bench import check
 from gqa.bench.check import answer
 from gqa.bench.problem import Problem, random_inputs
 
@@ -107,3 +108,22 @@ def test_each_gradient_is_looked_at():
         found[index] = found[index] * 1.01
         error, allowed = right.worst(tuple(found))
         assert error > allowed
+
+
+def test_the_oracle_is_not_computed_in_tf32(monkeypatch):
+    seen = []
+    heads = check._heads
+
+    def notes(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return heads(*arguments)
+
+    monkeypatch.setattr(check, "_heads", notes)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        answer(random_inputs(DECODE[0]))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}

@@ -33,8 +33,16 @@ def is_right(problem, contender):
 
 
 @pytest.mark.parametrize("problem", [DECODE, INT8, PREFILL], ids=["decode", "int8", "prefill"])
-def test_pages_hold_the_same_keys(peers, problem):
-    assert is_right(problem, lambda inputs: peers.ours_paged(inputs, impl="reference"))
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_pages_hold_the_same_keys(peers, problem, impl):
+    assert is_right(problem, lambda inputs: peers.ours_paged(inputs, impl=impl))
+
+
+def test_pages_of_the_gpu_kernels(peers):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the inputs here lie on the CPU")
+    assert is_right(DECODE, lambda inputs: peers.ours_paged(inputs, impl="triton"))
 
 
 @pytest.mark.parametrize("problem", [Problem(6, 2, 16, 63), BACKWARD], ids=["ragged", "backward"])

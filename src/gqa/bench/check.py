@@ -8,8 +8,10 @@ small, computed where the inputs are. It shares no code with what is timed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -65,7 +67,8 @@ def answer(inputs: Inputs) -> Answer:
     everything, at_once = problem.batch * problem.kv_heads, _heads_at_once(inputs)
     for start in range(0, everything, at_once):
         part = slice(start, start + at_once)
-        pairs = zip(_heads(inputs, part, torch.float64), _heads(inputs, part, problem.query_dtype), strict=True)
+        with fp32_products("highest"):
+            pairs = zip(_heads(inputs, part, torch.float64), _heads(inputs, part, problem.query_dtype), strict=True)
         for index, (right, plain) in enumerate(pairs):
             # Query head n reads KV head n // G, so the heads of all sequences in a row are groups in a row.
             exact[index].view(everything, -1, *right.shape[2:])[part] = right
@@ -77,6 +80,18 @@ def answer(inputs: Inputs) -> Answer:
         for error, sums, part in zip(rounding, (keys, keys, heads, heads), exact, strict=False)
     )
     return Answer(exact, allowed)
+
+
+@contextlib.contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """torch's products of fp32 matrices in this precision meanwhile: "highest" is fp32, "high" may be tf32. A GPU
+    machine's environment may ask for the latter."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:

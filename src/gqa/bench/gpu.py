@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gqa.bench.check import fp32_products
 from gqa.bench.machine import Probe, fastest
 from gqa.bench.problem import Problem
 from gqa.bench.timing import Turn
@@ -226,23 +227,24 @@ def matrix_probes(dtype: torch.dtype, sizes: Iterable[int], device: str) -> list
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
-        name = f"mm {size} x {size} x {size}"
-        for kind, operand in ((name, right), (f"{name}, transposed", right.mT)):
-            probes.append(Probe(kind, 2 * size**3, functools.partial(torch.mm, left, operand, out=out)))
+        name, flops = f"mm {size} x {size} x {size}", 2 * size**3
+        probes += [
+            Probe(name, flops, functools.partial(_multiply, left, right, out)),
+            Probe(f"{name}, transposed", flops, functools.partial(_multiply, left, right.mT, out)),
+        ]
         if dtype == torch.float32:
-            run = functools.partial(_three_tf32, left, right, out)
-            probes.append(Probe(f"{name}, three times in tf32", 2 * size**3, run))
+            run = functools.partial(_multiply, left, right, out, times=3, precision="high")
+            probes.append(Probe(f"{name}, three times in tf32", flops, run))
     return probes
 
 
-def _three_tf32(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        for _ in range(3):
+def _multiply(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, times: int = 1, precision: str = "highest"
+) -> torch.Tensor:
+    with fp32_products(precision):
+        for _ in range(times):
             torch.mm(left, right, out=out)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return out
 
 
 def datasheet(name: str) -> Device | None:
