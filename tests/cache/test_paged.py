@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gqa
 from gqa.cache.contiguous import ContiguousCache
+from gqa.cache.int8 import Int8Cache
 from gqa.cache.paged import PagedCache
 from gqa.cache.pool import BlockPool
+from gqa.cache.stored import Stored
 from gqa.errors import GqaError
 
 
@@ -15,18 +18,28 @@ def kv(T, B=2, H=3, D=4, Dv=6, dtype=torch.float32):
     return torch.randn(B, H, T, D).to(dtype), torch.randn(B, H, T, Dv).to(dtype)
 
 
+def numbers(data, scale):
+    return data if scale is None else data * scale[..., None]
+
+
 def dense(stored):
     """(B, H, S, D) of sequences that are equally long."""
     (length,) = set(stored.lengths.tolist())
-    return stored.data[stored.block_table].transpose(1, 2).flatten(2, 3)[:, :, :length]
+    values = numbers(stored.data, stored.scale)
+    return values[stored.block_table].transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def plain(held):
+    """(B, H, S, D) of what a cache without blocks returned."""
+    return numbers(held.data, held.scale) if isinstance(held, Stored) else held
 
 
 def same(paged, contiguous):
     """Both hold the same, bit for bit."""
     assert paged.length == contiguous.length
     for layer in range(len(contiguous.layers)):
-        for stored, want in zip(paged.layer(layer).stored(), contiguous.layer(layer).views(), strict=True):
-            assert torch.equal(dense(stored), want)
+        for stored, want in zip(paged.layer(layer).stored(), contiguous.layer(layer).stored(), strict=True):
+            assert torch.equal(dense(stored), plain(want))
 
 
 STEPS = st.lists(
@@ -42,17 +55,17 @@ STEPS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(STEPS, st.sampled_from([0, 1, 64]), st.sampled_from([1, 3, 16]))
-def test_equals_the_contiguous_cache(steps, capacity, block):
-    pool = BlockPool(0, block=block, grows=True)
-    paged, contiguous, batch = PagedCache(capacity, pool=pool), ContiguousCache(), 2
+@given(STEPS, st.sampled_from([0, 1, 64]), st.sampled_from([1, 3, 16]), st.sampled_from([None, torch.int8]))
+def test_equals_the_cache_without_blocks(steps, capacity, block, dtype):
+    pool = BlockPool(0, block=block, grows=True, dtype=dtype)
+    paged, contiguous, batch = PagedCache(capacity, pool=pool), Int8Cache() if dtype else ContiguousCache(), 2
     for step, value in [("append", 3), *steps]:
         if step == "append":
             for layer in range(2):
                 k, v = kv(value, B=batch)
                 got, want = paged.update(layer, k, v), contiguous.update(layer, k, v)
                 for stored, expected in zip(got, want, strict=True):
-                    assert torch.equal(dense(stored), expected)
+                    assert torch.equal(dense(stored), plain(expected))
         elif step == "select":
             chosen = torch.tensor([index % batch for index in value])
             batch = len(value)
@@ -89,6 +102,21 @@ def test_weighs_whole_blocks_and_shared_ones_once():
     assert cache.nbytes_used == 2 * block
     cache.update(0, *kv(1, B=3))  # the first blocks stay shared, two of the three need the second for themselves
     assert cache.nbytes_used == 4 * block
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_int8_blocks_weigh_and_are_read_with_their_scales(impl):
+    cache = PagedCache(pool=BlockPool(0, grows=True, dtype=torch.int8))
+    k, v = cache.update(0, *kv(35, D=16))
+    assert (k.data.dtype, v.data.dtype) == (torch.int8, torch.int8)
+    assert cache.pool.block_bytes == 16 * 3 * (16 + 6 + 2 * 4)  # tokens, H, int8 D + Dv and two float32 scales
+    assert cache.nbytes_used == 2 * 3 * cache.pool.block_bytes
+    q = torch.randn(2, 6, 2, 16)
+    got = gqa.attention(
+        q, k.data, v.data, k_scale=k.scale, v_scale=v.scale, block_table=k.block_table, kv_lengths=k.lengths, impl=impl
+    )
+    want = gqa.attention(q.double(), dense(k).double(), dense(v).double(), impl="reference")
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 
 def test_a_reordering_copies_nothing():
@@ -177,5 +205,10 @@ def test_refusals():
         cache.crop(3)
     with pytest.raises(GqaError, match="capacity"):
         PagedCache(-1)
+    with pytest.raises(GqaError, match="in int8"):
+        BlockPool(1, dtype=torch.float16)
+    rounding = PagedCache(pool=BlockPool(1, dtype=torch.int8))
+    with pytest.raises(GqaError, match="floating"):
+        rounding.update(0, k.to(torch.int8), v.to(torch.int8))
     assert cache.length == 2
     assert cache.pool.free_blocks == cache.pool.num_blocks - 2

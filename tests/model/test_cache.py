@@ -26,8 +26,12 @@ def forward(model, ids, cache):
 def test_int8_is_the_model_with_rounded_keys_and_values(name, options):
     model = served_model(name, "gqa")
     want = greedy(served_model(name, "eager"), prompts(), past_key_values=RoundedCache(), **options)
-    for config in (None, model.config):
-        cache = gqa.hf.GqaCache(config=config, kind="int8")
+    blocks = BlockPool(0, grows=True, dtype=torch.int8)
+    for cache in (
+        gqa.hf.GqaCache(kind="int8"),
+        gqa.hf.GqaCache(config=model.config, kind="int8"),
+        gqa.hf.GqaCache(kind="paged", pool=blocks),
+    ):
         assert torch.equal(greedy(model, prompts(), past_key_values=cache, **options), want)
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers.served import MODELS, PROMPT_TOKENS, RoundedCache, eager_tokens, greedy, prompts, served_model
 
 import gqa
+from gqa.cache.pool import BlockPool
 from gqa.model import hf, mask
 
 GPU = torch.cuda.is_available()
@@ -67,7 +68,9 @@ def test_a_prompt_fed_in_chunks(name, kind):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_int8_is_the_model_with_rounded_keys_and_values(name):
     want = greedy(served_model(name, "eager"), prompts(), past_key_values=RoundedCache())
-    assert agrees(name, want, past_key_values=gqa.hf.GqaCache(config=MODELS[name], kind="int8"))
+    blocks = BlockPool(0, grows=True, dtype=torch.int8)
+    for cache in (gqa.hf.GqaCache(config=MODELS[name], kind="int8"), gqa.hf.GqaCache(kind="paged", pool=blocks)):
+        assert agrees(name, want, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt-oss-sinks-window"])

@@ -50,6 +50,11 @@ def check_form(new: Form, held: Form) -> None:
         raise GqaError("keys and values do not go with those in the cache", got=new, allowed=held)
 
 
+def check_floating(k: torch.Tensor) -> None:
+    if not k.is_floating_point():
+        raise GqaError("an int8 cache does its own rounding", got=k.dtype, allowed="a floating dtype")
+
+
 def check_capacity(capacity: int) -> None:
     if capacity < 0:
         raise GqaError("a cache's capacity is a number of tokens", got=capacity, allowed="0 or more")

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from gqa.cache.check import check_floating
 from gqa.cache.growing import GrowingCache, GrowingLayer
 from gqa.cache.stored import Stored
-from gqa.errors import GqaError
 
 _LARGEST = 127  # -128 stays unused, so that the range is symmetric
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -42,8 +42,7 @@ class Int8Layer(GrowingLayer):
         after this, since the new queries may see them. Raises GqaError when k and v do not go with what is held, or
         when autograd would need them.
         """
-        if not k.is_floating_point():
-            raise GqaError("an int8 cache does its own rounding", got=k.dtype, allowed="a floating dtype")
+        check_floating(k)
         self._check(k, v)
         return _pair(self._extend(*quantise(k), *quantise(v)))
 

@@ -54,6 +54,9 @@ class PagedCache:
     capacity: tokens per sequence to allocate at first, in a pool of its own that doubles when it is full.
     pool: live in this one instead, beside other caches, until `reset` gives the blocks back. Where it does not grow,
     an append that it has no room for is refused and changes nothing.
+
+    Where tokens go is decided on the host, so a step cannot be part of a CUDA graph; `gqa.attention` on the tables it
+    gives can.
     """
 
     def __init__(self, capacity: int = 0, *, pool: BlockPool | None = None) -> None:

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gqa.cache.check import Form, check_crop, check_form, form_of
+from gqa.cache.check import Form, check_crop, check_floating, check_form, form_of
+from gqa.cache.int8 import quantise
 from gqa.cache.stored import Stored
 from gqa.errors import GqaError
 
@@ -58,26 +59,31 @@ class _Held:
 
 class BlockPool:
     """Blocks of `block` tokens that sequences take, share and give back; per layer two tensors (num_blocks, H, block,
-    D or Dv), made when the layer is first written to.
+    D or Dv), made when the layer is first written to. In int8, two of scales (num_blocks, H, block) beside them.
 
     A sequence is a number from `allocate` or `fork`, valid until its `release`. All layers have the same sequences,
     lengths and blocks.
 
     num_blocks: how many there are. When none is left, what asked for more raises GqaError and changes nothing; a pool
     that `grows` doubles instead.
+    dtype: torch.int8 rounds keys and values as `quantise` says; by default they are held as they come.
     """
 
-    def __init__(self, num_blocks: int, *, block: int = 16, grows: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, *, block: int = 16, grows: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         if block < 1:
             raise GqaError("a block is a number of tokens", got=block, allowed="1 or more")
         if num_blocks < 0 or not (num_blocks or grows):
             raise GqaError("a pool is a number of blocks", got=num_blocks, allowed="1 or more")
-        self.block, self.grows = block, grows
+        if dtype not in (None, torch.int8):
+            raise GqaError("a pool holds numbers as they come, or in int8", got=dtype, allowed="None, torch.int8")
+        self.block, self.grows, self.dtype = block, grows, dtype
         self._free = list(range(num_blocks))[::-1]  # a stack: what was given back last is taken first
         self._holders = np.zeros(num_blocks, np.int64)  # per block, how many sequences have it
         self._sequences: dict[int, _Held] = {}
         self._allocated = 0  # sequences so far: the number of the next
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, list[torch.Tensor]] = {}  # pools of keys and values, and of their scales in int8
         self._forms: dict[int, Form] = {}
 
     @property
@@ -157,6 +163,8 @@ class BlockPool:
     def check(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Raise GqaError when k (B, H, T, D) and v (B, H, T, Dv) do not go together or with what the layer holds, or
         when autograd would need them."""
+        if self.dtype == torch.int8:
+            check_floating(k)
         form = form_of(k, v)._replace(batch=None)
         check_form(form, self._forms.get(layer, form))
 
@@ -171,13 +179,15 @@ class BlockPool:
             raise GqaError(
                 "keys and values are not of this step", got=f"B={B}, T={T}", allowed=tuple(step.blocks.shape)
             )
+        new = [k, v]
+        if self.dtype == torch.int8:  # the numbers of both, then the scales of both
+            new = [x for pair in zip(quantise(k), quantise(v), strict=True) for x in pair]
         if layer not in self._layers:
-            shape = (self.num_blocks, H, self.block)
-            self._layers[layer] = _empty((*shape, k.shape[3]), k), _empty((*shape, v.shape[3]), v)
+            self._layers[layer] = [_empty((self.num_blocks, H, self.block, *one.shape[3:]), one) for one in new]
             self._forms[layer] = form_of(k, v)._replace(batch=None)
         places = step.on(k.device)
-        for pool, new in zip(self._layers[layer], (k, v), strict=True):
-            pool.transpose(1, 2).index_put_((places.blocks, places.offsets), new.transpose(1, 2))
+        for pool, one in zip(self._layers[layer], new, strict=True):
+            pool.transpose(1, 2).index_put_((places.blocks, places.offsets), one.transpose(1, 2))
         return self.read(layer, step)
 
     def append(self, sequences: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
@@ -206,20 +216,23 @@ class BlockPool:
         """The same for the sequences of a step, while none of them has changed since."""
         if layer not in self._layers:
             raise GqaError("nothing was written to this layer", got=layer, allowed=sorted(self._layers))
-        keys, values = self._layers[layer]
+        keys, values, *scales = self._layers[layer]
+        k_scale, v_scale = scales or (None, None)
         places = step.on(keys.device)
-        return Stored(keys, None, places.table, places.lengths), Stored(values, None, places.table, places.lengths)
+        return (
+            Stored(keys, k_scale, places.table, places.lengths),
+            Stored(values, v_scale, places.table, places.lengths),
+        )
 
     def enlarge(self, num_blocks: int) -> None:
         """Have at least so many blocks; what is held moves to larger tensors."""
         before = self.num_blocks
         if num_blocks <= before:
             return
-        for layer, (keys, values) in self._layers.items():
-            larger = _empty((num_blocks, *keys.shape[1:]), keys), _empty((num_blocks, *values.shape[1:]), values)
-            for old, new in zip((keys, values), larger, strict=True):
-                new[:before] = old
-            self._layers[layer] = larger
+        for pools in self._layers.values():
+            for index, old in enumerate(pools):
+                pools[index] = _empty((num_blocks, *old.shape[1:]), old)
+                pools[index][:before] = old
         self._free[:0] = range(num_blocks - 1, before - 1, -1)
         self._holders = np.pad(self._holders, (0, num_blocks - before))
 
@@ -229,7 +242,7 @@ class BlockPool:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers: block * sum of H * (D + Dv) * bytes."""
+        """Bytes of one block over all layers: block * sum of H * (D + Dv) * bytes, in int8 of H * (D + Dv + 8)."""
         return sum(pool[:1].nbytes for pools in self._layers.values() for pool in pools)
 
     @property

@@ -79,8 +79,8 @@ class GqaCache(Cache):
                        of at most 1/254 of a row's largest number
         "paged"        as they are, in blocks of 16 tokens. Beams and copies of a prompt share what they have in
                        common. All layers keep all tokens: the mask applies a window
-    pool: for "paged", a `BlockPool` to share with other caches; `reset` gives its blocks back. By default one of its
-    own, which grows.
+    pool: for "paged", a `BlockPool` to share with other caches; `reset` gives its blocks back. With dtype=torch.int8 it
+    holds tokens as "int8" does. By default one of the cache's own, which grows and holds them as they are.
 
     int8 and paged caches need attn_implementation="gqa"; another one raises GqaError when it meets them.
     Raises GqaError for a config whose layers are not all attention with keys and values of their own.
