@@ -59,7 +59,7 @@ WORKER = (sys.executable, __file__, "--worker")
 def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     options = parser(__doc__)
-    options.set_defaults(budget=0.25)
+    options.set_defaults(budget=0.25, impl="triton")
     options.add_argument("--minutes", type=float, default=9.0, help="for all of it")
     options.add_argument("--tests", action="store_true", help="run the tests of the Triton kernels first")
     options.add_argument("--commit", help="which state of the sources this is, where git cannot tell")

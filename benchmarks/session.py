@@ -133,7 +133,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     options.add_argument("--only", default="", help="rows whose name, such as 'decode 64/8 D 128', contains this")
     options.add_argument("--append", action="store_true", help="go on with the record that is there")
-    options.add_argument("--impl", default="auto", help="the implementation under test, as in gqa.attention")
+    options.add_argument(
+        "--impl", default="auto", help="the implementation under test, as in gqa.attention  [%(default)s]"
+    )
     options.add_argument("--repeats", type=int, default=20)
     options.add_argument("--budget", type=float, default=1.0, help="seconds per contender and row")
     options.add_argument("--out", type=Path, help="the record's path")

@@ -104,9 +104,11 @@ def test_a_prompt_is_called_and_held_against_the_matrix_rate(cuda):
     assert "replay" not in cuda.log
 
 
-def test_a_backward_pass_tells_its_memory(cuda):
-    (row,) = measure(BACKWARD, {OURS: cuda.contender(ours("reference"), 1)}, gpu_limits(cuda), repeats=1)
-    gradients = 63 * 16 * 4 * (8 + 2 + 2)
+@pytest.mark.parametrize("problem", [BACKWARD, dataclasses.replace(DECODE, backward=True)], ids=["prompt", "token"])
+def test_a_backward_pass_tells_its_memory(cuda, problem):
+    (row,) = measure(problem, {OURS: cuda.contender(ours("reference"), 1)}, gpu_limits(cuda), repeats=1)
+    gradients = 16 * 4 * (8 * problem.query_tokens + (2 + 2) * 63)
+    assert "replay" not in cuda.log
     assert row["backward_peak_bytes"] == 500_000
     assert row["backward_extra_bytes"] == 500_000 - gradients
     assert "reset" in cuda.log

@@ -104,9 +104,9 @@ class GpuLimits:
         return 1, 0
 
     def turn(self, problem: Problem, runs: Sequence[Callable[[], Any]]) -> Turn:
-        """A contender's turn: a prefill's call, or a graph of decode calls on one copy of K and V after the other.
+        """A contender's turn: a graph of decode calls on one copy of K and V after the other, or one call of all else.
         `runs` must live as long as the turn."""
-        if problem.causal:
+        if problem.causal or problem.backward:
             return Turn(lambda number: runs[number % len(runs)]())
         return captured(runs, calls_per_graph(problem.kv_bytes, len(runs)))
 
