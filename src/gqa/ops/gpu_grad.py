@@ -87,8 +87,10 @@ def plan_backward(
     H, S, Dv = k.shape[1], k.shape[2], v.shape[3]
     group = HG // H
     assert q_offsets is None or mask is None, "ragged batches have no mask"
-    results = gradients(q, k, v, sinks, q_offsets)
-    dq, dk, dv, _ = results
+    results = dq, dk, dv, _ = gradients(q, k, v, sinks)
+    if q_offsets is not None:  # behind the last offset there may be tokens of no sequence
+        for x in (dq, dk, dv):
+            x.zero_()
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
     shift, delta = lse.new_empty((2, B, HG, T), dtype=torch.float32).unbind()
 
@@ -103,40 +105,37 @@ def plan_backward(
         "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": gpu.padded(D), "V_DIMS": gpu.padded(Dv),
         "PRECISION": gpu.precision(q.dtype, D, Dv),
     }  # fmt: skip
-    # The last tile of each ragged sequence may be partly filled.
-    more = 0 if q_offsets is None else q_offsets.shape[0] - 1
-    units = B * H
-    launches = []
-    for name, kernel, tokens_of_tile, own in (
-        ("backward_rows", triton_backward.differentiate_rows, T * group, {
-            **_tensors(out=out, dq=dq), "lse": whole(lse, torch.float32),
-            "d_lse": None if d_lse is None else whole(d_lse, torch.float32),
-        }),
-        ("backward_keys", triton_backward.differentiate_keys, S, _tensors(dk=dk, dv=dv)),
-    ):  # fmt: skip
-        shape = tile(name, capability, D, Dv, q.dtype, k.dtype, T * group)
-        block = shape.block_rows if kernel is triton_backward.differentiate_rows else shape.block_keys
-        grid = ((-(-tokens_of_tile // block) + more) * units, 1, 1)
-        sizes = {"BLOCK_ROWS": shape.block_rows, "BLOCK_KEYS": shape.block_keys}
-        launches.append(Launch(kernel, grid, options | own | sizes, shape.warps, shape.stages))
-    return launches, results
+    rows = tile("backward_rows", capability, D, Dv, q.dtype, k.dtype, T * group)
+    keys = tile("backward_keys", capability, D, Dv, q.dtype, k.dtype, T * group)
+    row_tiles, key_tiles = -(-T * group // rows.block_rows), -(-S // keys.block_keys)
+    if q_offsets is not None:  # the last tile of each sequence may be partly filled
+        row_tiles, key_tiles = row_tiles + q_offsets.shape[0] - 1, key_tiles + q_offsets.shape[0] - 1
+    return [
+        Launch(
+            triton_backward.differentiate_rows,
+            (row_tiles * B * H, 1, 1),
+            {
+                **options, **_tensors(out=out, dq=dq), "lse": whole(lse, torch.float32),
+                "d_lse": None if d_lse is None else whole(d_lse, torch.float32),
+                "BLOCK_ROWS": rows.block_rows, "BLOCK_KEYS": rows.block_keys,
+            },
+            rows.warps,
+            rows.stages,
+        ),
+        Launch(
+            triton_backward.differentiate_keys,
+            (key_tiles * B * H, 1, 1),
+            {**options, **_tensors(dk=dk, dv=dv), "BLOCK_ROWS": keys.block_rows, "BLOCK_KEYS": keys.block_keys},
+            keys.warps,
+            keys.stages,
+        ),
+    ], results  # fmt: skip
 
 
-def gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    q_offsets: torch.Tensor | None = None,
-) -> Gradients:
-    """Room for what `backward` returns, each with heads and tokens in its tensor's order.
-
-    Zeros in ragged batches: behind the last offset there may be tokens that belong to no sequence.
-    """
-    results = like_queries(q, q.shape[3]), like_queries(k, k.shape[3]), like_queries(v, v.shape[3])
-    if q_offsets is not None:
-        results = tuple(x.zero_() for x in results)
-    return *results, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> Gradients:
+    """Room for what `backward` returns, each with heads and tokens in its tensor's order."""
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return like_queries(q, q.shape[3]), like_queries(k, k.shape[3]), like_queries(v, v.shape[3]), d_sinks
 
 
 def _tensors(**tensors: torch.Tensor) -> dict[str, torch.Tensor | int]:

@@ -96,8 +96,12 @@ def _forward_fake(
     return cpu.outputs(q, v, arguments[-1])
 
 
-def _backward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> cpu_grad.Gradients:
+def _cpu_backward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> cpu_grad.Gradients:
     return cpu_grad.gradients(q, k, v, arguments[_BACKWARD_SINKS])
+
+
+def _triton_backward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> gpu_grad.Gradients:
+    return gpu_grad.gradients(q, k, v, arguments[_BACKWARD_SINKS])
 
 
 # The library lives as long as this module: torch forgets the ops when it is collected.
@@ -127,7 +131,8 @@ for _key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter only
     _LIBRARY.impl("triton_backward", gpu_grad.backward, _key)
 for _name in KERNELS:
     torch.library.register_fake(f"gqa::{_name}_forward", _forward_fake, lib=_LIBRARY)
-    torch.library.register_fake(f"gqa::{_name}_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("gqa::cpu_backward", _cpu_backward_fake, lib=_LIBRARY)
+torch.library.register_fake("gqa::triton_backward", _triton_backward_fake, lib=_LIBRARY)
 
 attention = torch.ops.gqa.attention.default
 attention_with_lse = torch.ops.gqa.attention_with_lse.default

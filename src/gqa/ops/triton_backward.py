@@ -19,7 +19,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gqa.ops.triton_parts import LOG2_E, first_position, held_keys, load_block, seen_by, sequence_of, tanh
+from gqa.ops.triton_parts import (
+    LOG2_E,
+    first_position,
+    held_keys,
+    load_block,
+    packed_rows,
+    seen_by,
+    seen_keys,
+    sequence_of,
+    span_of,
+    tanh,
+    whole_blocks,
+)
 
 # Numbers that change from call to call of one model, such as lengths, must not compile it anew.
 _VARYING = (
@@ -69,8 +81,8 @@ def differentiate_rows(
 
     Programs: (tile * B + sequence) * H + KV head; in ragged batches tile * H + KV head, with tiles numbered over all
     sequences. All strides are in elements, and the last dimensions of q, k, v, out, d_out and dq are dense. lse, d_lse
-    (may be None), shift and delta have the strides of lse. shift: lse in base 2; +inf for a row that sees nothing, which
-    makes its probabilities 0.
+    (may be None), shift and delta have the strides of lse. shift: lse in base 2, and +inf for a row that sees nothing,
+    which makes its probabilities 0.
     """
     unit = tl.program_id(0)
     head = (unit % kv_heads).to(tl.int64)
@@ -81,9 +93,7 @@ def differentiate_rows(
         )
         if sequence == sequences:
             return
-        first_key = tl.minimum(tl.maximum(tl.load(k_offsets + sequence).to(tl.int32), 0), total_keys)
-        end_key = tl.minimum(tl.load(k_offsets + sequence + 1).to(tl.int32), total_keys)
-        key_tokens = tl.maximum(end_key - first_key, 0)
+        first_key, key_tokens = span_of(sequence, k_offsets, total_keys)
         q += first_query.to(tl.int64) * q_token
         out += first_query.to(tl.int64) * out_token
         d_out += first_query.to(tl.int64) * d_out_token
@@ -104,11 +114,7 @@ def differentiate_rows(
     k += head * k_head
     v += head * v_head
 
-    # The tile's rows: which token, which head, where in memory.
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_held = row < query_tokens * group
-    token = row // group
-    query_head = head * group + row % group
+    _, row_held, token, query_head = packed_rows(tile, head, query_tokens, group, BLOCK_ROWS)
     at_token = token.to(tl.int64)
     dim = tl.arange(0, DIMS)
     v_dim = tl.arange(0, V_DIMS)
@@ -128,23 +134,12 @@ def differentiate_rows(
     tl.store(delta + place, row_delta, mask=row_held)
     tl.store(shift + place, row_shift, mask=row_held)
 
-    # The keys that any row of the tile sees are [first, end), those that all rows see [all_first, all_end).
     start = first_position(sequence, query_tokens, key_tokens, q_start, q_starts)
     first, end = held_keys(sequence, key_tokens, kv_lengths, kv_starts)
     lowest = start + (tile * BLOCK_ROWS) // group
     highest = start + tl.minimum((tile * BLOCK_ROWS + BLOCK_ROWS - 1) // group, query_tokens - 1)
-    all_first = first
-    all_end = end
-    if CAUSAL:
-        all_end = tl.minimum(end, lowest + 1)
-        end = tl.minimum(end, highest + 1)
-    if window is not None:
-        all_first = tl.maximum(first, highest - window + 1)
-        first = tl.maximum(first, lowest - window + 1)
-    blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK_KEYS)
-    whole_first = tl.minimum(tl.cdiv(tl.maximum(all_first - first, 0), BLOCK_KEYS), blocks)
-    whole_end = tl.maximum(tl.maximum(tl.minimum(all_end, end) - first, 0) // BLOCK_KEYS, whole_first)
-    whole = whole_end - whole_first
+    first, end, all_first, all_end = seen_keys(first, end, lowest, highest, window, CAUSAL)
+    blocks, whole_first, whole = whole_blocks(first, end, all_first, all_end, BLOCK_KEYS)
 
     number = tl.arange(0, BLOCK_KEYS)
     k_tile = number[:, None] * k_token + dim[None, :]
@@ -153,10 +148,7 @@ def differentiate_rows(
     # Two loops: over blocks that all rows see whole, without a question asked, then over the others.
     for edge in tl.static_range(0, 2):
         for i in range(0, blocks - whole if edge else whole):
-            if edge:
-                block = tl.where(i < whole_first, i, i + whole)
-            else:
-                block = whole_first + i
+            block = tl.where(i < whole_first, i, i + whole) if edge else whole_first + i
             at = first + block * BLOCK_KEYS
             key = at + number
             held = key < end
@@ -187,12 +179,12 @@ def differentiate_rows(
 
     # The second program number is 0, which the compiler does not know: so it finds out once more where the rows lie,
     # and does not keep that in registers through the loops.
-    row = (tile + tl.program_id(1)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    dq_rows = dq + ((head * group + row % group) * dq_head + (row // group).to(tl.int64) * dq_token)[:, None]
+    _, row_held, token, query_head = packed_rows(tile + tl.program_id(1), head, query_tokens, group, BLOCK_ROWS)
+    dq_rows = dq + (query_head * dq_head + token.to(tl.int64) * dq_token)[:, None]
     tl.store(
         dq_rows + dim[None, :],
         (summed * scale).to(dq.dtype.element_ty),
-        mask=(row < query_tokens * group)[:, None] & (dim < HEAD_DIM)[None, :],
+        mask=row_held[:, None] & (dim < HEAD_DIM)[None, :],
     )
 
 
@@ -229,9 +221,7 @@ def differentiate_keys(
         )
         if sequence == sequences:
             return
-        first_query = tl.minimum(tl.maximum(tl.load(q_offsets + sequence).to(tl.int32), 0), total_queries)
-        end_query = tl.minimum(tl.load(q_offsets + sequence + 1).to(tl.int32), total_queries)
-        query_tokens = tl.maximum(end_query - first_query, 0)
+        first_query, query_tokens = span_of(sequence, q_offsets, total_queries)
         q += first_query.to(tl.int64) * q_token
         d_out += first_query.to(tl.int64) * d_out_token
         shift += first_query
@@ -302,10 +292,9 @@ def differentiate_keys(
         query = tl.full([], 0, tl.int64)
         step = 0
         for _ in range(0, group * count):
+            block = (first_block if edge else whole_first) + step
             if edge:
-                block = tl.where(first_block + step < whole_first, first_block + step, first_block + step + whole)
-            else:
-                block = whole_first + step
+                block = tl.where(block < whole_first, block, block + whole)
             token = block * BLOCK_ROWS + number
             held = token < query_tokens
             at_token = (block * BLOCK_ROWS).to(tl.int64)
