@@ -87,7 +87,6 @@ def test_a_cache_that_grows_needs_no_graph_per_token(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @both
 def test_fake_tensors_have_the_real_shapes_and_strides(impl, dtype):
-    """Of values they know nothing, so bf16 in Triton's interpreter will do."""
     real = gqa.attention(*qkv(impl, dtype), causal=True, return_lse=True, impl=impl)
     with FakeTensorMode() as mode:
         fake = gqa.attention(*map(mode.from_tensor, qkv(impl, dtype)), causal=True, return_lse=True, impl=impl)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from ops.core_calls import CORE, random_call
-from ops.every_call import LAYOUTS, every_call, laid_out
+from ops.every_call import FLOATS, LAYOUTS, every_call, laid_out
 from ops.packed import assert_packed_precise, packed_call
 from ops.precision import assert_precise
-from ops.triton_device import DEVICE, DTYPES, moved, there
+from ops.triton_device import DEVICE, moved, there
 
 import gqa
 from gqa.errors import GqaError
@@ -20,11 +20,7 @@ from gqa.ops import gpu
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 # The interpreter takes its time: of the sizes, those with few rows and those with several tiles.
-CALLS = [
-    name
-    for name in CORE
-    if ("bf16" not in name or "bf16" in DTYPES) and (DEVICE == "cuda" or "size" not in name or "S111" in name)
-]
+CALLS = [name for name in CORE if DEVICE == "cuda" or "size" not in name or "S111" in name]
 
 
 def check(q, k, v, **options):
@@ -41,8 +37,8 @@ def test_core(name):
     check(q, k, v, **options)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(every_call(kinds=(*DTYPES, "int8"), dtypes=DTYPES))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(every_call())
 def test_whole_signature(call):
     q, k, v, options = call
     check(q, k, v, **options)
@@ -76,9 +72,9 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", PACKED)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_packed(dtype, options):
-    q, k, v, cu_q, cu_k = packed_call(DTYPES[dtype])
+    q, k, v, cu_q, cu_k = packed_call(FLOATS[dtype])
     q, k, v, options = there(q, k, v, PACKED[options])
     cu_q, cu_k = cu_q.to(DEVICE), cu_k.to(DEVICE)
     out, lse = gqa.attention_packed(q, k, v, cu_q, cu_k, return_lse=True, impl="triton", **options)

@@ -1,13 +1,13 @@
-"""Where the Triton kernels run in these tests, and what they can be asked for there."""
+"""Where the Triton kernels run in these tests: on a GPU, or on the CPU, in Triton's interpreter."""
 
 from typing import Any
 
 import torch
-from ops.every_call import FLOATS
+from ops import bf16_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter multiplies matrices of bf16 wrongly.
-DTYPES = {name: dtype for name, dtype in FLOATS.items() if DEVICE == "cuda" or name != "bf16"}
+if DEVICE == "cpu":
+    bf16_interpreter.repair()
 
 
 def there(q, k, v, options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
