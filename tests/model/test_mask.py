@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.served import PROMPT_TOKENS, WINDOW, eager_tokens, greedy, prompts, served_model
-from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+from helpers.served import WINDOW, eager_tokens, greedy, prompts, served_model
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 import gqa
 from gqa.model import hf
@@ -21,19 +29,21 @@ def mask_of(*, tokens: int, keys: int, seen: int, **options: Any) -> Any:
 
 def noted(mask):
     """The note on a mask that leaves nothing to a mask."""
-    known = plain(mask)
-    assert known is not None
+    known: Any = plain(mask)
     assert known.seen is None
     return known.kv_starts.tolist(), known.kv_lengths.tolist(), known.q_start
 
 
-def meaning(known, tokens, keys):
-    """The mask (B, 1, T, S) that a note describes."""
-    key, query = torch.arange(keys), torch.arange(tokens)[:, None]
-    seen = (key >= known.kv_starts[:, None]) & (key < known.kv_lengths[:, None])
-    seen = seen[:, None, None].expand(-1, 1, tokens, -1)
+def meaning(known: Any, shape):
+    """The mask of this shape (B, 1, T, S) that a note describes."""
+    key, query = torch.arange(shape[3]), torch.arange(shape[2])[:, None]
+    seen = torch.ones(shape, dtype=torch.bool)
+    if known.kv_starts is not None:
+        seen &= (key >= known.kv_starts[:, None, None, None]) & (key < known.kv_lengths[:, None, None, None])
     if known.q_start is not None:
-        seen = seen & (key <= known.q_start + query)
+        seen &= key <= known.q_start + query
+    if known.window is not None:
+        seen &= key > known.q_start + query - known.window
     return seen if known.seen is None else seen & known.seen
 
 
@@ -80,21 +90,32 @@ def test_what_is_hidden_in_front_and_behind_is_noted():
     assert noted(mask) == ([0, 0], [10, 10], None)
 
 
-def test_a_note_means_its_mask(unread):
-    """With holes in it, with a row that is all padding, for one query and for many."""
+SLIDING = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
+
+
+@pytest.mark.parametrize("pattern", [{}, SLIDING], ids=["causal", "sliding"])
+@pytest.mark.parametrize("keys", [20, 13])
+@pytest.mark.parametrize("tokens", [1, 6, 13])
+def test_a_note_means_its_mask(tokens, keys, pattern, unread):
+    """Of keys from the first on or of the latest, with holes, with a row that is all padding, without padding."""
     torch.manual_seed(0)
-    padding = torch.rand(2, 20) < 0.7
-    padding[1] = False
-    for tokens in (1, 6, 20):
-        mask = mask_of(tokens=tokens, keys=20, seen=20 - tokens, attention_mask=padding)
-        assert torch.equal(meaning(plain(mask), tokens, 20), mask)
-    padding[:] = True
-    padding[0, :3] = False
-    mask = mask_of(tokens=6, keys=20, seen=14, attention_mask=padding)
-    known = plain(mask)
-    assert known is not None
-    assert (known.seen is not None) == unread
-    assert torch.equal(meaning(known, 6, 20), mask)
+    holes = torch.rand(2, 20) < 0.7
+    holes[1] = False
+    left = torch.ones(2, 20, dtype=torch.bool)
+    left[0, :9] = False
+    for padding in (None, holes, left):
+        mask = mask_of(tokens=tokens, keys=keys, seen=20 - tokens, attention_mask=padding, **pattern)
+        if mask is None:  # causal without padding: told from the shapes
+            assert padding is None
+            assert not pattern
+            assert tokens in (1, keys)
+            continue
+        known = plain(mask)
+        assert known is not None
+        assert torch.equal(meaning(known, mask.shape), mask)
+        assert known.window == (WINDOW if pattern and tokens > 1 else None)
+        if padding is not None:
+            assert (known.seen is not None) == (unread or padding is holes)
 
 
 def test_a_compiled_graph_tells_a_single_query_s_mask_by_itself():
@@ -104,24 +125,29 @@ def test_a_compiled_graph_tells_a_single_query_s_mask_by_itself():
     known = tell(seen)
     assert known.kv_starts.tolist() == [3, 5, 0]
     assert known.kv_lengths.tolist() == [12, 10, 20]
-    assert torch.equal(meaning(known, 1, 20), seen)
+    assert torch.equal(meaning(known, seen.shape), seen)
     for other in (torch.ones(3, 1, 2, 20, dtype=torch.bool), torch.zeros(3, 1, 1, 20)):
         assert tell(other) is None
 
 
 def test_no_other_pattern_is_noted():
-    window = {"mask_function": sliding_window_causal_mask_function(WINDOW), "local_size": WINDOW}
     left = torch.ones(2, 20, dtype=torch.bool)
     left[0, :2] = False
+
+    def of_function(function):
+        return mask_of(tokens=20, keys=20, seen=0, mask_function=function, local_size=3)
+
     for mask in (
-        mask_of(tokens=20, keys=20, seen=0, attention_mask=left, **window),
         mask_of(tokens=20, keys=20, seen=0, attention_mask=left, allow_is_causal_skip=False),
-        mask_of(tokens=6, keys=20, seen=14),
         attention_mask(2, 6, 20, torch.tensor(0), attention_mask=left),  # a static cache
-        attention_mask(2, 6, 20, 0, attention_mask=left),
+        attention_mask(2, 6, 20, 0, attention_mask=left[:, :6]),
+        of_function(chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.int64))),
+        of_function(and_masks(sliding_window_overlay(3), bidirectional_mask_function)),
+        of_function(and_masks(causal_mask_function, sliding_window_overlay(3))),
+        of_function(or_masks(sliding_window_overlay(3), causal_mask_function)),
+        of_function(and_masks(sliding_window_causal_mask_function(3), causal_mask_function)),
     ):
         assert mask is not None
-        assert not mask.all()
         assert plain(mask) is None
     assert plain(None) is None
 
@@ -148,16 +174,16 @@ def test_a_caller_that_wants_a_mask_gets_one():
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt-oss-sinks-window"])
-def test_wide_masks_reach_the_op_only_where_a_prompt_meets_a_window(name, unread, monkeypatch):
-    masked, rows = [], []
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunks"])
+def test_no_mask_of_many_queries_reaches_the_op(name, options, unread, monkeypatch):
+    masked = []
 
-    def spy(query, *args, mask=None, **options):
+    def spy(query, *args, mask=None, **others):
         if mask is not None:
-            (rows if mask.shape[2] == 1 else masked).append(query.shape[2])
-        return gqa.attention(query, *args, mask=mask, **options)
+            masked.append(mask.shape[2])
+        return gqa.attention(query, *args, mask=mask, **others)
 
     monkeypatch.setattr(hf, "attention", spy)
-    assert torch.equal(greedy(served_model(name, "gqa"), prompts()), eager_tokens(name, True))
-    windows = {"llama-gqa": 0, "mistral-window": 2, "gpt-oss-sinks-window": 1}[name]
-    assert masked == [PROMPT_TOKENS] * windows
-    assert bool(rows) == unread
+    assert torch.equal(greedy(served_model(name, "gqa"), prompts(), **options), eager_tokens(name, True))
+    # The first chunk of four holds nothing but padding of a prompt, which no range of keys says.
+    assert set(masked) == ({1} if unread or options else set())

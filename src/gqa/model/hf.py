@@ -82,11 +82,13 @@ def attention_forward(
         options = {
             "causal": known.q_start is not None,
             "q_start": known.q_start,
+            "window": known.window,
             "kv_starts": known.kv_starts,
             "kv_lengths": known.kv_lengths,
         }
     keys, values, attention_mask, stored = operands(key, value, attention_mask)
-    options = stored | options  # the lengths of a mask are no more than those of what is stored
+    # The lengths of a mask are no more than those of what is stored.
+    options = stored | {name: option for name, option in options.items() if option is not None}
     out = attention(query, keys, values, scale=scaling, softcap=softcap, mask=attention_mask, sinks=s_aux, **options)
     return out.transpose(1, 2).contiguous(), None  # for one query this moves nothing
 

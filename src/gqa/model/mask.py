@@ -7,20 +7,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 _PLAIN = "_gqa_plain"
 
 
 class Plain(NamedTuple):
-    """A mask in the op's own terms: sequence b sees the keys from kv_starts[b] up to kv_lengths[b], both (B,); with
-    q_start, which is the first query's position, none behind a query's own; and of these, where there is `seen`
-    (B, 1, 1, S), those that it is True for. The kernel then skips what a mask would only hide."""
+    """A mask in the terms of `gqa.attention`, each None where it hides nothing: sequence b sees the keys from
+    kv_starts[b] up to kv_lengths[b], both (B,); with q_start, which is the first query's position, no query sees keys
+    behind its own position, and with window none further back than that; and of these it sees those that `seen`
+    (B, 1, 1, S) is True for. The kernels then skip what a mask would only hide."""
 
-    kv_starts: torch.Tensor
-    kv_lengths: torch.Tensor
     q_start: int | None
-    seen: torch.Tensor | None
+    window: int | None = None
+    kv_starts: torch.Tensor | None = None
+    kv_lengths: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
 
 def attention_mask(
@@ -51,17 +53,21 @@ def attention_mask(
     if q_length == 1:
         if _readable(mask) and mask.all():
             return None
-        seen, q_start = mask[:, 0, 0], None
+        known, seen = Plain(q_start=None), mask[:, 0, 0]
     else:
-        # All keys from the first to the query's own are there: the last query sits at the last key.
-        whole = isinstance(q_offset, int) and q_offset + q_length == kv_length
-        if mask_function is not causal_mask_function or attention_mask is None or not whole:
+        causal, window = _pattern(mask_function)
+        if not causal or not isinstance(q_offset, int):
             return mask
-        seen, q_start = attention_mask[:, :kv_length].bool(), q_offset
-    if seen.shape == (batch_size, kv_length):
+        known, seen = Plain(q_offset - kv_offset, window), None
+        if attention_mask is not None:
+            seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if seen is not None:
+        if seen.shape != (batch_size, kv_length):
+            return mask
         starts, lengths = _ends(seen)
         told = _readable(mask) and _between(starts, lengths, seen)
-        setattr(mask, _PLAIN, Plain(starts, lengths, q_start, None if told else seen[:, None, None]))
+        known = known._replace(kv_starts=starts, kv_lengths=lengths, seen=None if told else seen[:, None, None])
+    setattr(mask, _PLAIN, known)
     return mask
 
 
@@ -74,8 +80,31 @@ def plain(mask: torch.Tensor | None) -> Plain | None:
     if torch.compiler.is_compiling():
         if mask is None or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
             return None
-        return Plain(*_ends(mask[:, 0, 0]), None, mask)
+        starts, lengths = _ends(mask[:, 0, 0])
+        return Plain(None, None, starts, lengths, mask)
     return getattr(mask, _PLAIN, None)
+
+
+def _pattern(mask_function: Any) -> tuple[bool, int | None]:
+    """Whether transformers' mask function is its causal one, alone or with a sliding window, and the window.
+
+    The latter is a closure that says nothing of itself. It is known by the code of its parts; where that is ever
+    another, the window stays in the mask.
+    """
+    if mask_function is causal_mask_function:
+        return True, None
+    parts = _inside(mask_function, and_masks())
+    if isinstance(parts, tuple) and len(parts) == 2 and parts[1] is causal_mask_function:
+        window = _inside(parts[0], sliding_window_overlay(1))
+        return isinstance(window, int), window
+    return False, None
+
+
+def _inside(function: Any, like: Any) -> Any:
+    """The one thing that a closure holds, if it has the code of another; else None."""
+    if getattr(function, "__code__", None) is not like.__code__ or len(function.__closure__ or ()) != 1:
+        return None
+    return function.__closure__[0].cell_contents
 
 
 def _readable(mask: torch.Tensor) -> bool:
