@@ -16,7 +16,7 @@ import torch
 from gqa.ops.gpu import plan_forward
 from gqa.ops.gpu_grad import plan_backward
 from gqa.ops.launch import Launch
-from gqa.ops.triton_tiles import CAPABILITIES, DECODE_ROWS, HEAD_DIMS
+from gqa.ops.triton_tiles import CAPABILITIES, DECODE_ROWS, HEAD_DIMS, tile
 
 B, H, S = 16, 8, 8192
 MULTIPROCESSORS = 132  # of an H200; decides only how many programs share a tile's keys
@@ -75,7 +75,9 @@ def cases() -> Iterator[Case]:
                     continue
                 for head_dim in HEAD_DIMS:
                     for rows in all_rows:
-                        yield Case(call, capability, head_dim, head_dim, dtype, kv_dtype, rows)
+                        case = Case(call, capability, head_dim, head_dim, dtype, kv_dtype, rows)
+                        if call != "decode" or rows <= most_rows(case):
+                            yield case
     for call, options in OPTIONS.items():
         for option in options:
             words = option.split()
@@ -86,7 +88,20 @@ def cases() -> Iterator[Case]:
             yield Case(call, 90, D, Dv, dtype, kv_dtype, CALLS[call][0], option)
 
 
+def most_rows(case: Case) -> int:
+    """Packed rows that the largest tile of decode holds; more of them only make more tiles."""
+    kinds = KINDS[case.dtype], KINDS[case.kv_dtype]
+    return tile("decode", case.capability, case.head_dim, case.v_head_dim, *kinds, case.rows).block_rows
+
+
 def plan(case: Case) -> list[Launch]:
+    """What a call of this case would launch; of the kernels that do not depend on a tile only what is new."""
+    launches = plan_call(case)
+    is_new = case.rows == DECODE_ROWS[0] and case.dtype == case.kv_dtype and case.option in ("", "no lse")
+    return launches if is_new else [launch for launch in launches if "BLOCK_KEYS" in launch.arguments]
+
+
+def plan_call(case: Case) -> list[Launch]:
     """What a call of this case would launch."""
     T, G = QUERIES[case.rows]
     if case.option == "T 1":

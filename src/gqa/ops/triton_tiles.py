@@ -59,6 +59,7 @@ def tile(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     rows: int,
+    masked: bool = False,
 ) -> Tile:
     """The tile of a kernel (one of KERNELS) for q of `dtype` and k and v of `kv_dtype`.
 
@@ -66,8 +67,13 @@ def tile(
     head_dim, v_head_dim: D and Dv, at most 256
     rows: packed rows of a KV head, T * G; only "decode" looks at them: of DECODE_ROWS its tile has the least that holds
           them, and no more than its row of the table says
+    masked: whether there is a mask; in the backward its scores take registers, so half as much is streamed at a time
     """
     found = table()[place(kernel, capability, head_dim, v_head_dim, dtype, kv_dtype)]
+    if masked and kernel == "backward_rows":
+        return dataclasses.replace(found, block_keys=max(16, found.block_keys // 2))
+    if masked and kernel == "backward_keys":
+        return dataclasses.replace(found, block_rows=max(16, found.block_rows // 2))
     if kernel != "decode":
         return found
     block_rows = next((most for most in DECODE_ROWS if rows <= most), found.block_rows)
