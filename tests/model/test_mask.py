@@ -36,14 +36,14 @@ def noted(mask):
 
 def meaning(known: Any, shape):
     """The mask of this shape (B, 1, T, S) that a note describes."""
-    key, query = torch.arange(shape[3]), torch.arange(shape[2])[:, None]
+    key, position = torch.arange(shape[3]), (known.q_start or 0) + torch.arange(shape[2])[:, None]
     seen = torch.ones(shape, dtype=torch.bool)
     if known.kv_starts is not None:
         seen &= (key >= known.kv_starts[:, None, None, None]) & (key < known.kv_lengths[:, None, None, None])
     if known.q_start is not None:
-        seen &= key <= known.q_start + query
+        seen &= key <= position
     if known.window is not None:
-        seen &= key > known.q_start + query - known.window
+        seen &= key > position - known.window
     return seen if known.seen is None else seen & known.seen
 
 
