@@ -1,5 +1,7 @@
 """Our kernels as torch sees them: opcheck, one compiled graph, fake tensors, inference."""
 
+from typing import Any
+
 import pytest
 import torch
 from ops.triton_device import DEVICE
@@ -18,7 +20,7 @@ def qkv(impl, dtype=torch.float32, requires_grad=False, B=2, T=5, S=7):
     return [torch.randn(*size, generator=random).to(WHERE[impl], dtype).requires_grad_(requires_grad) for size in sizes]
 
 
-def options_of(name, impl):
+def options_of(name, impl) -> dict[str, Any]:
     return {key: x.to(WHERE[impl]) if torch.is_tensor(x) else x for key, x in OPTIONS[name].items()}
 
 
