@@ -100,9 +100,15 @@ def faults(row: Mapping[str, Any]) -> list[str]:
     if row["call"] == "decode":
         if row["load_bits"] != str(LOAD_BITS):
             found.append(f"loads of K and V of {row['load_bits'] or 'unknown'} bits")
-    elif row["capability"] == 90 and row["dtype"] != "fp32" and "HGMMA" not in row["matrix"].split():
+    elif row["capability"] == 90 and not without_wgmma(row) and "HGMMA" not in row["matrix"].split():
         found.append(f"no wgmma, but {row['matrix'] or 'no matrix instructions'}")
     return found
+
+
+def without_wgmma(row: Mapping[str, Any]) -> bool:
+    """Where wgmma is not expected on 9.0: fp32 may take small tiles; and dK and dV of wgmma's least tile, 64 keys, are
+    64 x 512 sums at D 256, which with the scores are more than the registers of 8 warps."""
+    return row["dtype"] == "fp32" or (row["kernel"] == "differentiate_keys" and row["head_dim"] > 128)
 
 
 def run(chosen: Sequence[Case], processes: int) -> list[dict[str, Any]]:

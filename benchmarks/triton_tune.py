@@ -36,7 +36,7 @@ from gqa.record import write_text_atomic
 PATH = Path(triton_tiles.__file__).with_suffix(".json")
 GAIN = 0.02  # by which a candidate must beat the present tile: less than that is chance
 ELEMENT_BYTES = {"8": 1, "16": 2, "32": 4}
-REGISTERS = 255  # of a thread
+SUMS = 128  # registers of a thread, which has 255
 DTYPES = {"8": "int8", "16": "bf16", "32": "fp32"}
 SIZES = {"8": (16, 32, 64, 128), "16": (32, 64, 128), "32": (16, 32, 64)}  # of blocks, where rows do not say more
 STAGES = {"forward": (2, 3), "decode": (2, 3, 4, 5), "backward_keys": (1, 2, 3), "backward_rows": (1, 2, 3)}
@@ -52,7 +52,7 @@ def candidates(place: Place, present: Tile) -> list[Tile]:
 
 
 def may_fit(place: Place, tile: Tile) -> bool:
-    """Whether sums take at most half of the registers, scores 2 to 64 of a thread's (fewer would leave threads idle),
+    """Whether sums take at most SUMS registers, scores 2 to 64 of a thread's (fewer would leave threads idle),
     and what is kept and what is on its way fits into shared memory."""
     kept, streamed = tile.block_rows, tile.block_keys
     sums, kept_tensors = 1, 1 if place.kernel in ("forward", "decode") else 2
@@ -65,7 +65,7 @@ def may_fit(place: Place, tile: Tile) -> bool:
     buffers = max(1, tile.stages - 1)
     shared = (kept_tensors * kept * max(2, element_bytes) + 2 * buffers * streamed * element_bytes) * place.head_dim
     return (
-        sums * kept * place.head_dim <= threads * REGISTERS / 2
+        sums * kept * place.head_dim <= threads * SUMS
         and 2 * threads <= kept * streamed <= 64 * threads
         and shared <= CHIPS[place.capability].shared_bytes_per_block
     )
