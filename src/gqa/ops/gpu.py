@@ -15,8 +15,6 @@ from gqa.ops.call import dense, like_queries
 from gqa.ops.launch import Launch
 from gqa.ops.triton_tiles import tile
 
-_tile = functools.cache(tile)  # a step's time is short
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # packed rows up to which a call is bound by memory
 SPLIT_KEYS = 256  # a split's keys at least
@@ -146,19 +144,21 @@ def plan_forward(
     group = HG // H
     if scale < 0:
         q, scale = -q, -scale
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v = dense(q), dense(k), in_pairs(dense(v))
     out = like_queries(q, Dv)
     lse = q.new_empty((B, HG, T) if want_lse else (0,), dtype=torch.float32)
 
     rows = T * group
     few = rows <= FEW_ROWS and q_offsets is None
-    shape = _tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
+    shape = tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
     tiles = -(-rows // shape.block_rows)
     splits = 1
     if q_offsets is not None:
         tiles += q_offsets.shape[0] - 1  # the last tile of each sequence may be partly filled
     else:
-        splits = choose_splits(B * H * tiles, S // SPLIT_KEYS, multiprocessors * (2 if few else 1))
+        splits = choose_splits(
+            B * H * tiles, S // SPLIT_KEYS, multiprocessors * (1 if not few else 3 if shape.block_rows == 16 else 2)
+        )
     parts = part_lse = None
     if splits > 1:
         parts = q.new_empty((splits, B, H, rows, Dv), dtype=torch.float32)
@@ -275,6 +275,18 @@ def ragged(
         "total_keys": key_tokens,
         "SEQUENCES": padded(sequences),
     }
+
+
+def in_pairs(v: torch.Tensor) -> torch.Tensor:
+    """int8 values two to an int16, where they lie so that this is a view."""
+    if (
+        v.dtype != torch.int8
+        or v.shape[3] % 2
+        or v.storage_offset() % 2
+        or any(stride % 2 for stride in v.stride()[:3])
+    ):
+        return v
+    return v.view(torch.int16)
 
 
 def dense_rows(table: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,10 @@ def attend(
     row, row_held, token, query_head = packed_rows(tile, head, query_tokens, group, BLOCK_ROWS)
     dim = tl.arange(0, DIMS)
     v_dim = tl.arange(0, V_DIMS)
+    # int8 values come two to an int16, as tensor cores could not take single bytes from memory in rows.
+    PAIRS: tl.constexpr = v.dtype.element_ty == tl.int16
+    V_COLUMNS: tl.constexpr = V_HEAD_DIM // 2 if PAIRS else V_HEAD_DIM
+    v_column = tl.arange(0, V_DIMS // 2 if PAIRS else V_DIMS)
     q_rows = q + (query_head * q_head + token.to(tl.int64) * q_token)[:, None]
     queries = load_block(q_rows, dim[None, :], row_held, dim < HEAD_DIM, True, DIMS != HEAD_DIM)
 
@@ -130,7 +134,7 @@ def attend(
 
     number = tl.arange(0, BLOCK_KEYS)
     k_tile = number[:, None] * k_token + dim[None, :]
-    v_tile = number[:, None] * v_token + v_dim[None, :]
+    v_tile = number[:, None] * v_token + v_column[None, :]
     for edge in tl.static_range(1 if ONE_LOOP else 0, 2):
         for i in range(0, blocks - whole if edge else whole):
             block = tl.where(i < whole_first, i, i + whole) if edge else whole_first + i
@@ -192,13 +196,15 @@ def attend(
 
             if table is None:
                 values = load_block(
-                    v + at.to(tl.int64) * v_token, v_tile, held, v_dim < V_HEAD_DIM, edge == 1, V_DIMS != V_HEAD_DIM
+                    v + at.to(tl.int64) * v_token, v_tile, held, v_column < V_COLUMNS, edge == 1, V_DIMS != V_HEAD_DIM
                 )
             else:
                 values = load_block(
-                    v, (page * v_batch + slot * v_token)[:, None] + v_dim[None, :],
-                    held, v_dim < V_HEAD_DIM, edge == 1, V_DIMS != V_HEAD_DIM,
+                    v, (page * v_batch + slot * v_token)[:, None] + v_column[None, :],
+                    held, v_column < V_COLUMNS, edge == 1, V_DIMS != V_HEAD_DIM,
                 )  # fmt: skip
+            if PAIRS:
+                values = tl.join(values.to(tl.int8), (values >> 8).to(tl.int8)).reshape(BLOCK_KEYS, V_DIMS)
             if v_scale is not None:
                 weights *= v_by.to(tl.float32)[None, :]
                 if queries.dtype == tl.float16:  # a weight times a scale may be too small for fp16
