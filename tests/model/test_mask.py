@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.served import WINDOW, eager_tokens, greedy, prompts, served_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -17,6 +18,7 @@ from transformers.masking_utils import (
 
 import gqa
 from gqa.model import hf
+from gqa.model import mask as mask_module
 from gqa.model.mask import attention_mask, plain
 
 
@@ -50,7 +52,7 @@ def meaning(known: Any, shape):
 @pytest.fixture(params=["read", "not read"])
 def unread(request, monkeypatch):
     """Also as on a device where the host would have to wait for a mask's values."""
-    monkeypatch.setattr(gqa.model.mask, "_readable", lambda mask: request.param == "read")
+    monkeypatch.setattr(mask_module, "_readable", lambda mask: request.param == "read")
     return request.param == "not read"
 
 
@@ -187,3 +189,11 @@ def test_no_mask_of_many_queries_reaches_the_op(name, options, unread, monkeypat
     assert torch.equal(greedy(served_model(name, "gqa"), prompts(), **options), eager_tokens(name, True))
     # The first chunk of four holds nothing but padding of a prompt, which no range of keys says.
     assert set(masked) == ({1} if unread or options else set())
+
+
+def test_the_host_looks_at_no_step_on_another_device():
+    for device, readable in (("cpu", True), ("meta", False)):
+        assert mask_module._readable(torch.ones(2, 1, 1, 9, dtype=torch.bool, device=device)) == readable
+    assert mask_module._readable(torch.ones(2, 1, 4, 9, dtype=torch.bool, device="meta"))  # a prompt's
+    with FakeTensorMode():
+        assert not mask_module._readable(torch.ones(2, 1, 4, 9, dtype=torch.bool))

@@ -42,7 +42,7 @@ def attention_mask(
     It is transformers' own for SDPA, which knows padding, windows, chunks, static caches and packed position_ids, and
     says None where the rest can be told from the shapes. Two things are added for masks of the usual patterns: a note
     on the mask, for `plain`; and on the CPU, where reading it costs microseconds once per step, None for a single
-    query that sees every key. Elsewhere reading it would make the host wait for the device, so it is not read.
+    query that sees every key.
     """
     mask = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
@@ -108,7 +108,13 @@ def _inside(function: Any, like: Any) -> Any:
 
 
 def _readable(mask: torch.Tensor) -> bool:
-    return mask.device.type == "cpu"
+    """Whether the host may look at a mask's values. It would wait for a GPU, so there not in a step; for a prompt or
+    in training it may, where transformers has looked at the padding just before. Nobody may while a graph is made."""
+    if type(mask) is not torch.Tensor:
+        return False
+    if mask.device.type == "cpu":
+        return True
+    return mask.shape[2] > 1 and not (mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _ends(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
