@@ -4,5 +4,7 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch's products refuse to be deterministic
+else:
     os.environ["TRITON_INTERPRET"] = "1"
