@@ -28,10 +28,16 @@ import gqa
 from gqa.cache.contiguous import ContiguousCache
 from gqa.cache.int8 import Int8Cache
 from gqa.cache.paged import PagedCache
+from gqa.cache.pool import BlockPool
 
 DEVICE = "gpu"
 FAMILIES = ("llama-gqa", "mistral-window", "gemma2-softcap-window", "gpt-oss-sinks-window")
-CACHES = {"contiguous": ContiguousCache, "paged": PagedCache, "int8": Int8Cache}
+CACHES = {
+    "contiguous": ContiguousCache,
+    "int8": Int8Cache,
+    "paged": PagedCache,
+    "paged-int8": lambda: PagedCache(pool=int8_blocks()),
+}
 
 
 class Copies(TorchDispatchMode):
@@ -51,6 +57,10 @@ class Copies(TorchDispatchMode):
 def fake() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
+
+
+def int8_blocks() -> BlockPool:
+    return BlockPool(0, grows=True, dtype=torch.int8)
 
 
 def on_gpu(x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +106,7 @@ def cache_step(kind: str) -> int:
     for tokens in (20, 1, 13):
         step(tokens)
     cache.crop(30)
-    if kind != "paged":  # whose blocks change hands on the host, which has to know the sequences
+    if not isinstance(cache, PagedCache):  # whose blocks change hands on the host, which has to know the sequences
         cache.select(torch.zeros(2, dtype=torch.int64, device=DEVICE))
     step(20)
     return copies_of_a_step(lambda: step(1))
@@ -114,8 +124,9 @@ def module_step(kind: str) -> int:
 def model_step(name: str, kind: Any) -> int:
     """A prompt with padding, then two steps."""
     loaded = model(name)
+    options = {"kind": "paged", "pool": int8_blocks()} if kind == "paged-int8" else {"kind": kind}
     with fake():
-        loaded, cache = moved(loaded), gqa.hf.GqaCache(config=MODELS[name], kind=kind)
+        loaded, cache = moved(loaded), gqa.hf.GqaCache(config=MODELS[name], **options)
 
         def step(tokens: int, seen: int) -> torch.Tensor:
             ids, padding = (torch.ones(2, n, dtype=torch.int64, device=DEVICE) for n in (tokens, seen))
