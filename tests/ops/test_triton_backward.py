@@ -25,7 +25,7 @@ def check(q, k, v, **options):
     check_gradients(q, k, v, impl="triton", of_weights=of_weights, **options)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(every_call(kinds=tuple(FLOATS), small=True))
 def test_whole_signature(call):
     q, k, v, options = call
@@ -42,8 +42,15 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", OPTIONS | MORE)
+# The interpreter takes its time: not every option once more in 16 bits.
+CALLS = [(name, "fp32") for name in OPTIONS | MORE] + [
+    (name, dtype)
+    for name in (OPTIONS | MORE if DEVICE == "cuda" else ("plain", "causal window", "lse and more"))
+    for dtype in ("bf16", "fp16")
+]
+
+
+@pytest.mark.parametrize(("options", "dtype"), CALLS)
 def test_core_options(options, dtype):
     check(*random_call(dtype=FLOATS[dtype]), **(OPTIONS | MORE)[options])
 
@@ -152,7 +159,7 @@ def test_packed(options):
 def test_many_packed_sequences():
     """More of them than a tile has rows."""
     random = torch.Generator().manual_seed(0)
-    lengths = torch.randint(0, 3, (100,), generator=random)
+    lengths = torch.randint(0, 3, (70,), generator=random)
     cu = torch.tensor([0, *lengths.cumsum(0).tolist()])
     q, k, v = (torch.randn(int(cu[-1]), heads, 16, generator=random).to(DEVICE).requires_grad_() for heads in (3, 1, 1))
     grads = []
