@@ -29,18 +29,19 @@ QUERIES = {  # packed rows -> (T, G)
     2048: (512, 4),
 }
 CALLS = {"decode": DECODE_ROWS, "forward": (2048,), "backward": (2048,)}
+# Several that go together are joined by " + ", as models have them.
 OPTIONS = {
     "decode": (
-        *("window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "paged", "unsplit"),
-        *("fp16", "D 96", "Dv 64", "no lse", "int8 paged", "int8 fp32", "int8 fp16", "T 1", "strided"),
+        *("window + sinks + starts", "softcap + window + q_starts", "bool mask", "float mask", "paged + lengths"),
+        *("unsplit", "fp16", "D 96", "Dv 64", "no lse", "int8 paged + lengths", "int8 fp32", "int8 fp16", "strided"),
     ),
     "forward": (
-        *("full", "window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "paged"),
-        *("split", "fp16", "D 96", "Dv 64", "no lse", "int8", "int8 fp32", "ragged", "strided"),
+        *("full", "window + sinks + starts", "softcap + window + q_starts", "bool mask", "float mask"),
+        *("paged + lengths", "split", "fp16", "D 96", "Dv 64", "no lse", "int8", "int8 fp32", "ragged", "strided"),
     ),
     "backward": (
-        *("full", "window", "softcap", "bool mask", "float mask", "sinks", "lengths", "starts", "q_starts", "fp16"),
-        *("D 96", "Dv 64", "lse", "ragged", "strided"),
+        *("full", "window + sinks + starts", "softcap + window + q_starts", "bool mask", "float mask"),
+        *("fp16", "D 96", "Dv 64", "lse", "ragged", "strided"),
     ),
 }
 
@@ -104,8 +105,6 @@ def plan(case: Case) -> list[Launch]:
 def plan_call(case: Case) -> list[Launch]:
     """What a call of this case would launch."""
     T, G = QUERIES[case.rows]
-    if case.option == "T 1":
-        T = 1
     q = _meta(case.dtype, B, H * G, T, case.head_dim)
     k, v = (_meta(case.kv_dtype, B, H, S, dim) for dim in (case.head_dim, case.v_head_dim))
     if case.option == "strided":  # as a model's projections leave them
@@ -150,9 +149,10 @@ def _option(option: str, T: int, G: int) -> dict[str, Any]:
         "float mask": {"mask": _meta("bf16", B, 1, T, S)},
         "sinks": {"sinks": _meta("bf16", H * G)},
         "lengths": {"kv_lengths": number},
-        "starts": {"kv_lengths": number, "kv_starts": number},
+        "starts": {"kv_starts": number},
         "q_starts": {"causal": True, "q_starts": number},
-        "paged": {"block_table": torch.empty(B, S // PAGE, device="meta", dtype=torch.int32), "kv_lengths": number},
+        "paged": {"block_table": torch.empty(B, S // PAGE, device="meta", dtype=torch.int32)},
         "ragged": {"q_offsets": offsets, "k_offsets": offsets},
     }
-    return changes.get(option.removeprefix("int8 "), {})
+    parts = option.removeprefix("int8 ").split(" + ")
+    return {name: value for part in parts for name, value in changes.get(part, {}).items()}
