@@ -28,7 +28,10 @@ from gqa.ops.triton_parts import (
 )
 
 # Numbers that change from call to call of one model, such as lengths, must not compile it anew.
-_VARYING = ("query_tokens", "key_tokens", "total_queries", "total_keys", "q_start", "window", "splits", "scale")
+_VARYING = (
+    "lse_batch", "lse_head", "query_tokens", "key_tokens", "scale", "softcap", "q_start", "window",
+    "mask_batch", "mask_head", "mask_token", "table_batch", "sequences", "total_queries", "total_keys", "splits",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
