@@ -92,7 +92,7 @@ def plan_backward(
         for x in (dq, dk, dv):
             x.zero_()
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
-    shift, delta = lse.new_empty((2, B, HG, T), dtype=torch.float32).unbind()
+    shift, delta = (lse.new_empty((B, HG, T), dtype=torch.float32) for _ in range(2))
 
     ragged = gpu.ragged(q_offsets, k_offsets, T, S)
     options = {

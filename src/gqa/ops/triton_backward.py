@@ -302,13 +302,13 @@ def differentiate_keys(
             d_out_block = d_out + query * d_out_head + at_token * d_out_token
             queries = load_block(q_block, q_tile, held, dim < HEAD_DIM, edge == 1, DIMS != HEAD_DIM)
             d_outs = load_block(d_out_block, d_out_tile, held, v_dim < V_HEAD_DIM, edge == 1, V_DIMS != V_HEAD_DIM)
-            place = query * lse_head + at_token + number
-            if edge:
-                row_shift = tl.load(shift + place, mask=held, other=float("inf"))
-                row_delta = tl.load(delta + place, mask=held, other=0)
+            place = query * lse_head + at_token
+            if edge:  # rows that are not held are zeros of q and d_out: whatever their weight, they add nothing
+                row_shift = tl.load(shift + place + number, mask=held, other=0)
+                row_delta = tl.load(delta + place + number, mask=held, other=0)
             else:
-                row_shift = tl.load(shift + place)
-                row_delta = tl.load(delta + place)
+                row_shift = tl.load(shift + place + number)
+                row_delta = tl.load(delta + place + number)
             masked = None
             if mask is not None:
                 mask_rows = mask + query * mask_head + token.to(tl.int64) * mask_token
