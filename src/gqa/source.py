@@ -12,7 +12,9 @@ import difflib
 import functools
 import importlib.resources
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from gqa.errors import GqaError
 
 # Weights as safetensors, configs, tokenizers and chat templates; never pickles or code.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
+
+# A real config.json has a few KiB, a tokenizer.json or an index of shards at most some tens of MiB.
+MAX_JSON_BYTES = 100_000_000
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
@@ -49,14 +54,18 @@ def open_checkpoint(model: str) -> Source:
     """MODEL with its weights and tokenizer at hand: `folder` is never None. A hub model is downloaded once, into
     huggingface_hub's own cache. Raises GqaError like open_source, and for a bundled shape, which has no weights."""
     if not _existing_path(model) and not _looks_like_a_path(model) and _HUB_ID.fullmatch(model):
-        return _open_folder(_download(model, CHECKPOINT_FILES), name=model)
-    source = open_source(model)
+        source = _open_folder(_download(model, CHECKPOINT_FILES), name=model)
+    else:
+        source = open_source(model)
     if source.folder is None:
         raise GqaError(
             f"{source.name} is a bundled shape without weights",
             allowed="a model folder or a hub id",
             hint=f"gqa plan {model}",
         )
+    for path in source.folder.iterdir():
+        if path.exists() and not path.is_dir():
+            check_file(path)  # whoever opens a tokenizer that is a pipe waits for ever
     return source
 
 
@@ -66,30 +75,74 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(_bundled_rows())
 
 
+def check_file(path: Path, folder: Path | None = None) -> Path:
+    """The path, if it is an ordinary file, and, where a folder is given, one that belongs to it; else GqaError.
+
+    A pipe would be waited for, and a device never ends. A symbolic link that leads out of a model folder could have
+    any file of this machine copied into a result that is then published; only the hub's own cache, whose folders
+    are links from `snapshots/<revision>/` to `blobs/`, may have such links.
+    """
+    try:
+        mode = path.stat().st_mode
+        real = path.resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, a NUL in its name, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise GqaError("a file cannot be read", got=f"{_shown(path)}: {reason}") from None
+    if not stat.S_ISREG(mode):
+        raise GqaError("not an ordinary file", got=f"{path}: {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+    if folder is not None:
+        home = folder.resolve()
+        allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise GqaError(
+                f"{path.name} is a link out of the model folder",
+                got=f"{path} -> {real}",
+                allowed="a file in the folder, or a link within it",
+                hint="put the file itself there, if you trust where the link leads",
+            )
+    return path
+
+
+def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The JSON object in a file from elsewhere. GqaError for what check_file refuses, for more than MAX_JSON_BYTES,
+    and for what is not an object of valid Unicode."""
+    check_file(path, folder)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        document = json.loads(content.decode("utf-8"))
+        # JSON can spell half a character, which no file that is written from this could hold.
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise GqaError(f"{path.name} cannot be read", got=f"{path}: {error}", allowed="a JSON object") from None
+    if not isinstance(document, dict):
+        raise GqaError(f"{path.name} is not a JSON object", got=f"{path}: a {type(document).__name__}")
+    return document
+
+
+def _shown(path: Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
 def _open_path(path: Path) -> Source:
     if path.is_dir():
         return _open_folder(path, name=path.resolve().name)
     if path.suffix != ".json":
         raise GqaError("not a config.json", got=path, allowed="a model folder, a config.json or a hub id")
-    folder = path.resolve().parent
-    return Source(folder.name if path.name == "config.json" else path.stem, _read_config(path), folder)
+    folder = path.parent.resolve()
+    return Source(folder.name if path.name == "config.json" else path.stem, read_json(path), folder)
 
 
 def _open_folder(folder: Path, name: str) -> Source:
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise GqaError("a folder without config.json", got=folder, allowed="a folder as save_pretrained writes it")
-    return Source(name, _read_config(path), folder)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GqaError("a config that cannot be read", got=f"{path}: {error}", allowed="a JSON object") from None
-    if not isinstance(config, dict):
-        raise GqaError("a config that is not a JSON object", got=f"{path}: a {type(config).__name__}")
-    return config
+    return Source(name, read_json(path, folder), folder)
 
 
 @functools.cache

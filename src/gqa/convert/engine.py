@@ -47,7 +47,7 @@ class Engine:
         self.shapes = parse_config(config, layout.model_type).layers
         self.hidden: tuple[Tensor, Tensor] | None = None  # before the next layer: the parent's, the child's
         if windows is not None and (recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens):
-            embedding = checkpoint.read(layout.embedding)
+            embedding = checkpoint.read_finite(layout.embedding)
             # float64 checkpoints stay exact; everything else is calibrated in float32.
             self.dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
             embedded = torch.nn.functional.embedding(torch.from_numpy(np.asarray(windows)), embedding).to(self.dtype)
@@ -133,7 +133,9 @@ class Engine:
     def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
         prefix = self.layout.layer_prefix(layer)
         tensors = {
-            n.removeprefix(prefix): self.checkpoint.read(n) for n in self.checkpoint.names if n.startswith(prefix)
+            n.removeprefix(prefix): self.checkpoint.read_finite(n)
+            for n in self.checkpoint.names
+            if n.startswith(prefix)
         }
         attention_tensors = self.layout.attention_tensors(layer, attention)
         tensors |= {n.removeprefix(prefix): tensor for n, tensor in attention_tensors.items()}

@@ -132,6 +132,10 @@ def work_folder(out: Path) -> Path:
 def locked(out: Path) -> Iterator[Journal]:
     """Own the work folder of OUT, which is created if need be. GqaError if another process owns it."""
     folder = work_folder(out)
+    if folder.is_symlink():  # what lies at its end is not ours to work in
+        raise GqaError(
+            "the work folder's name is taken by a link", got=folder, hint="move it away, or choose another OUT"
+        )
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:

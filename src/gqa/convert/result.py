@@ -14,6 +14,7 @@ from gqa.convert.card import approximations, model_card
 from gqa.convert.job import Job
 from gqa.errors import GqaError
 from gqa.record import describe_versions, write_text_atomic
+from gqa.source import check_file
 from gqa.weights.header import DTYPE_BYTES, TensorEntry
 from gqa.weights.reader import INDEX, Checkpoint
 from gqa.weights.writer import write_index
@@ -57,13 +58,13 @@ def copy_small_files(folder: Path, result: Path) -> None:
 def _small_files(folder: Path) -> list[Path]:
     """What describes the model beside its weights: tokenizer, generation settings, chat templates, licence, card."""
     found = [path for path in folder.iterdir() if _is_small_file(path)]
-    return sorted([*found, *folder.glob(f"{_TEMPLATES}/*.jinja")])
+    return sorted(check_file(path, folder) for path in [*found, *folder.glob(f"{_TEMPLATES}/*.jinja")])
 
 
 def _is_small_file(path: Path) -> bool:
     wanted = path.suffix in _SMALL_SUFFIXES or path.name.upper().startswith(_SMALL_NAMES)
     hidden = path.name.startswith(".")
-    return wanted and not hidden and path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT)
+    return wanted and not hidden and not path.is_dir() and not any(path.match(pattern) for pattern in _LEFT_OUT)
 
 
 def describe(

@@ -9,16 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gqa.errors import GqaError
+from gqa.source import check_file
 from gqa.units import format_bytes
 
 # The reference implementation refuses longer headers too; a real one has about 100 bytes per tensor.
 MAX_HEADER_BYTES = 100_000_000
+
+# More than any tensor has, few enough for arithmetic on them to be quick and never to overflow elsewhere.
+_MAX_DIMENSIONS = 32
+_MAX_COUNT = (1 << 63) - 1
+_MAX_NAME = 1000
 
 # Name in the header -> bytes per element. Formats below a byte per element only occur in quantised checkpoints.
 DTYPE_BYTES = {
@@ -65,10 +74,16 @@ class Shard:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     header_sha256: str
+    state: tuple[int, ...]  # file_state when the header was read
 
     @property
     def name(self) -> str:
         return self.path.name
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced: its size, its inode, the time of its last change in ns."""
+    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 def read_header(path: Path) -> Shard:
@@ -77,9 +92,11 @@ def read_header(path: Path) -> Shard:
 
     Raises GqaError naming the file and what is wrong with it.
     """
+    check_file(path, path.parent)
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
+            opened = os.fstat(stream.fileno())
+            size = opened.st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
@@ -94,7 +111,7 @@ def read_header(path: Path) -> Shard:
 
     document = _parse(path, header)
     metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_is_text(part) for pair in metadata.items() for part in pair):
         raise _broken(path, "metadata that is not a table of texts")
     first = 8 + length
     placed = sorted((_entry(path, name, value, first) for name, value in document.items()), key=_position)
@@ -119,6 +136,7 @@ def read_header(path: Path) -> Shard:
         tensors={entry.name: entry for entry in placed},
         metadata=metadata,
         header_sha256=hashlib.sha256(header).hexdigest(),
+        state=file_state(opened),
     )
 
 
@@ -142,42 +160,74 @@ def _position(entry: TensorEntry) -> tuple[int, int]:
     return entry.start, entry.nbytes
 
 
-def _parse(path: Path, header: bytes) -> dict[str, Any]:
+def parse_unique(text: bytes) -> Any:
+    """JSON in which no object has a key twice: readers differ in which of the two they believe.
+
+    Raises ValueError (UnicodeDecodeError for what is not UTF-8) and RecursionError.
+    """
+
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise _broken(path, f"{next(name for name in names if names.count(name) > 1)} twice")
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{name[:_MAX_NAME]!a} twice")
         return table
 
-    try:
-        document = json.loads(header, object_pairs_hook=refuse_duplicates)
-    except GqaError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"a header that is not JSON ({error})") from None
-    if not isinstance(document, dict):
+    return json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+
+
+def _parse(path: Path, header: bytes) -> dict[str, Any]:
+    if not header.startswith(b"{"):
         raise _broken(path, "a header that is not a table of tensors")
-    return document
+    try:
+        return parse_unique(header)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"a header that is not sound JSON ({error})") from None
 
 
 def _entry(path: Path, name: str, value: Any, first: int) -> TensorEntry:
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        # It would end up in messages on a terminal, which obeys control characters.
+        raise _broken(path, f"a tensor named {name[:80]!a}", f"at most {_MAX_NAME} printable characters")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"tensor {name} described by {value!r:.80}", "dtype, shape and data_offsets")
+        raise _broken(path, f"tensor {name} described by {_short(value)}", "dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _broken(path, f"tensor {name} of dtype {dtype!r}", ", ".join(DTYPE_BYTES))
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _broken(path, f"tensor {name} of shape {shape!r:.80} at {offsets!r:.80}", "lists of counts")
+        raise _broken(path, f"tensor {name} of dtype {_short(dtype)}", ", ".join(DTYPE_BYTES))
+    if not _counts(shape, _MAX_DIMENSIONS) or not _counts(offsets, 2) or len(offsets) != 2:
+        allowed = f"at most {_MAX_DIMENSIONS} dimensions and 2 offsets from 0 to {_MAX_COUNT}"
+        raise _broken(path, f"tensor {name} of shape {_short(shape)} at {_short(offsets)}", allowed)
     entry = TensorEntry(name, dtype, tuple(shape), first + offsets[0])
+    if math.prod(max(size, 1) for size in shape) > _MAX_COUNT // DTYPE_BYTES[dtype]:
+        raise _broken(path, f"tensor {name} of shape {_short(shape)}", f"at most {_MAX_COUNT} bytes")
     if offsets[1] - offsets[0] != entry.nbytes:
         raise _broken(path, f"tensor {name} on {offsets[1] - offsets[0]} bytes", f"{entry.nbytes}, as its shape says")
     return entry
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any, most: int) -> bool:
     # type() and not isinstance(): True is an int, but no count.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(item) is int and 0 <= item <= _MAX_COUNT for item in value)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    """A text that UTF-8 can hold: JSON can spell half a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    """A value as ASCII of bounded length, however deep, long or strange it is."""
+    return reprlib.repr(value).encode("ascii", "backslashreplace").decode()[:80]
 
 
 def _broken(path: Path, got: str, allowed: str | None = None) -> GqaError:

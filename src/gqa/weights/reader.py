@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import sys
 from io import RawIOBase
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import torch
 
 from gqa.errors import GqaError
-from gqa.weights.header import Shard, TensorEntry, read_header
+from gqa.source import MAX_JSON_BYTES, check_file, read_json
+from gqa.weights.header import Shard, TensorEntry, file_state, parse_unique, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,8 +38,23 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 
+# What the tensors beside a quantised weight are called: GPTQ and AWQ, bitsandbytes, fp8, compressed-tensors.
+_QUANTISED_NAMES = {
+    "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
+    "bitsandbytes": (
+        ".absmax",
+        ".quant_map",
+        ".SCB",
+        ".quant_state.bitsandbytes__nf4",
+        ".quant_state.bitsandbytes__fp4",
+    ),
+    "fp8 or compressed-tensors": (".weight_scale", ".weight_scale_inv", ".weight_packed"),
+}
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8")
 _CHUNK_BYTES = 8 << 20
+_MAX_FILE_NAME = 200  # bytes: what file systems take, less the endings that are added to it
 _SAMPLE_BYTES = 4096
 
 assert sys.byteorder == "little", "safetensors stores little-endian numbers, which are read here as they lie"
@@ -57,7 +73,7 @@ class Checkpoint:
             raise GqaError("no checkpoint folder at this path", got=self.folder)
         _refuse_quantised(self.folder)
         # transformers prefers the single file where both exist; so do we.
-        self.sharded = not (self.folder / SINGLE).is_file()
+        self.sharded = not os.path.lexists(self.folder / SINGLE)
         index = _read_index(self.folder) if self.sharded else {}
         files = sorted(set(index.values())) if self.sharded else [SINGLE]
         self.shards: tuple[Shard, ...] = tuple(read_header(self.folder / name) for name in files)
@@ -71,6 +87,14 @@ class Checkpoint:
         for name, file in index.items():
             if name not in self._shard_of or self._shard_of[name].name != file:
                 raise GqaError(f"tensor {name} is not where {INDEX} says", got=f"no such tensor in {file}")
+        if self.sharded and (unnamed := [name for name in self._shard_of if name not in index]):
+            raise GqaError(
+                f"{self._shard_of[unnamed[0]].name} has tensors that {INDEX} does not name",
+                got=", ".join(unnamed[:3]) + (", ..." if len(unnamed) > 3 else ""),
+                allowed="shards and an index that agree",
+                hint="download the index again, or save the model again with save_pretrained() of transformers",
+            )
+        self._refuse_quantised_tensors()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,6 +131,13 @@ class Checkpoint:
         self.entry(name)
         copy_tensor(self._shard_of[name], name, target)
 
+    def read_finite(self, name: str) -> torch.Tensor:
+        """read, where NaN or an infinity would spoil what is calculated: they are a GqaError."""
+        tensor = self.read(name)
+        if not torch.isfinite(tensor).all():
+            raise GqaError(f"tensor {name} holds NaN or infinite values", allowed="finite weights")
+        return tensor
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from another one: per shard its size, its header and a sample of every
         tensor's bytes. Cheap (a few KiB per tensor), and the same for a copy of the folder."""
@@ -122,6 +153,30 @@ class Checkpoint:
     def modified(self) -> dict[str, int]:
         """Per shard the time of its last change in ns, which also tells a change that no sample hits."""
         return {shard.name: shard.path.stat().st_mtime_ns for shard in self.shards}
+
+    def check_unchanged(self) -> None:
+        """GqaError if a shard was written to or replaced since its header was read when this folder was opened."""
+        for shard in self.shards:
+            try:
+                same = file_state(shard.path.stat()) == shard.state
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise GqaError(
+                    "the source changed while it was converted",
+                    got=shard.path,
+                    allowed="files that stay as they were when they were opened",
+                    hint="convert again when nothing writes to them any more",
+                )
+
+    def _refuse_quantised_tensors(self) -> None:
+        for name, shard in self._shard_of.items():
+            kinds = [kind for kind, suffixes in _QUANTISED_NAMES.items() if name.endswith(suffixes)]
+            dtype = shard.tensors[name].dtype
+            if name.endswith(".weight") and dtype in _CODES:
+                kinds.append(f"dtype {dtype}")
+            if kinds:
+                raise _quantised(f"{kinds[0]}: tensor {name}")
 
     @staticmethod
     def _sample(shard: Shard) -> str:
@@ -165,35 +220,59 @@ def copy_tensor(shard: Shard, name: str, target: BinaryIO) -> None:
 def _fill(stream: RawIOBase, buffer: memoryview, shard: Shard) -> int:
     count = stream.readinto(buffer)
     if not count:
-        raise GqaError(f"{shard.name} changed while it was read", got="fewer bytes than before", hint="run again")
+        raise GqaError(
+            f"{shard.name} changed while it was read",
+            got="fewer bytes than before",
+            allowed=f"{shard.nbytes} bytes, as when it was opened",
+            hint="run again",
+        )
     return count
 
 
 def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise _no_weights(folder)
+    check_file(path, folder)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        pairs = dict(index)
+        with path.open("rb") as stream:
+            content = stream.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        files = parse_unique(content)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise GqaError(f"{INDEX} is not an index of shards", got=f"{type(error).__name__}: {error}") from None
-    for name, file in pairs.items():
+        raise _no_index(f"{type(error).__name__}: {error}") from None
+    if not isinstance(files, dict):
+        raise _no_index("a weight_map that is not a table")
+    if not files:
+        raise GqaError(f"{INDEX} names no tensor", got=path, allowed="a file for every tensor")
+    for name, file in files.items():
         # A name with a folder in it would read, and by mirroring write, outside of this checkpoint.
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-            raise GqaError(
-                f"{INDEX} places {name} in a file it may not name",
-                got=repr(file),
-                allowed="the name of a .safetensors file in the same folder",
-            )
-    missing = sorted({file for file in pairs.values() if not (folder / file).is_file()})
+            raise _misplaced(name, file)
+        if not file.isprintable() or len(file.encode()) > _MAX_FILE_NAME:
+            raise _misplaced(name, file)
+    missing = sorted({file for file in files.values() if not os.path.lexists(folder / file)})
     if missing:
         raise GqaError(
-            f"a shard named in {INDEX} is missing", got=", ".join(missing), hint="download or copy the file again"
+            f"a shard named in {INDEX} is missing",
+            got=", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
+            allowed="all the files that it names",
+            hint="download or copy the file again",
         )
-    if not pairs:
-        raise GqaError(f"{INDEX} names no tensor", got=path)
-    return pairs
+    return files
+
+
+def _no_index(got: str) -> GqaError:
+    return GqaError(f"{INDEX} is not an index of shards", got=got, allowed='{"weight_map": {tensor: file, ...}}')
+
+
+def _misplaced(name: str, file: Any) -> GqaError:
+    return GqaError(
+        f"{INDEX} places a tensor in a file it may not name",
+        got=f"{name[:80]!a} in {file!a:.80}",
+        allowed="the name of a .safetensors file in the same folder",
+    )
 
 
 def _no_weights(folder: Path) -> GqaError:
@@ -209,16 +288,20 @@ def _no_weights(folder: Path) -> GqaError:
 
 
 def _refuse_quantised(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # whoever reads the configuration tells what is wrong with it
-    found = isinstance(config, dict) and (config.get("quantization_config") or config.get("compression_config"))
-    if found or (folder / "quantize_config.json").is_file():
-        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "GPTQ"
-        raise GqaError(
-            "a quantised checkpoint cannot be read: its weights are codes, not numbers",
-            got=f"quantisation {method}",
-            allowed="fp32, fp16 or bf16 weights",
-            hint="take the checkpoint it was made from, and quantise afterwards",
-        )
+    path = folder / "config.json"
+    if os.path.lexists(path):
+        config = read_json(path, folder)
+        if found := config.get("quantization_config") or config.get("compression_config"):
+            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+            raise _quantised(f"quantisation {method!s:.80}")
+    if (folder / "quantize_config.json").is_file():
+        raise _quantised("quantisation GPTQ: quantize_config.json")
+
+
+def _quantised(got: str) -> GqaError:
+    return GqaError(
+        "a quantised checkpoint cannot be read: its weights are codes, not numbers",
+        got=got,
+        allowed="fp32, fp16 or bf16 weights",
+        hint="take the checkpoint it was made from, and quantise afterwards",
+    )
