@@ -16,6 +16,7 @@ from gqa.convert.recipe import make_recipe
 from gqa.errors import GqaError
 from gqa.source import open_checkpoint
 from gqa.weights.header import DTYPE_BYTES
+from gqa.weights.layout import Layout
 from gqa.weights.reader import Checkpoint
 
 MEAN = make_recipe(2, "mean")
@@ -269,18 +270,19 @@ def test_one_process_at_a_time(tmp_path):
     convert(source, tmp_path / "out")  # a lock file without a living owner keeps nobody out
 
 
-def test_a_source_that_changes_under_way_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [MEAN, make_recipe(2)], ids=["mean", "svd"])
+def test_a_source_that_changes_under_way_is_noticed(tmp_path, monkeypatch, recipe):
     source = tiny_source(tmp_path / "parent")
+    real = Layout.read_attention
 
-    class Touching(run.Engine):
-        def convert(self, layer):
-            if layer == 1:
-                (tmp_path / "parent" / "model.safetensors").touch()
-            return super().convert(layer)
+    def touching(layout, checkpoint, layer):
+        if layer == 1:
+            (tmp_path / "parent" / "model.safetensors").touch()
+        return real(layout, checkpoint, layer)
 
-    monkeypatch.setattr(run, "Engine", Touching)
-    with pytest.raises(GqaError, match="changed while it was converted"):
-        convert(source, tmp_path / "out")
+    monkeypatch.setattr(Layout, "read_attention", touching)
+    with pytest.raises(GqaError, match="the source changed while it was"):
+        convert(source, tmp_path / "out", recipe)
     assert {path.name for path in tmp_path.iterdir()} == {"parent"}
 
 

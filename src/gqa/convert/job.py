@@ -48,6 +48,11 @@ class Job:
         """The parent has that many KV heads already: every tensor is copied."""
         return not self.changes
 
+    @property
+    def pooled(self) -> bool:
+        """Layers are computed while they are written: nothing of them waits in the work folder."""
+        return self.recipe.baseline
+
     def metadata(self, shard: str) -> dict[str, str]:
         """What the header of a file says beside its tensors; transformers wants the format told."""
         parent = next(one for one in self.checkpoint.shards if one.name == shard)
@@ -58,7 +63,7 @@ class Job:
 
     def work_bytes(self, layer: int) -> int:
         """Upper bound of a layer's file in the work folder."""
-        return file_bytes(self.changes[layer], {})
+        return 0 if self.pooled else file_bytes(self.changes[layer], {})
 
     @property
     def output_bytes(self) -> int:

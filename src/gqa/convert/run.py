@@ -1,4 +1,7 @@
-"""Carry out a conversion: layer by layer into a work folder, then shard by shard, then one rename to OUT."""
+"""Carry out a conversion: layer by layer into a work folder, then shard by shard, then one rename to OUT.
+
+Pooling alone skips the first of these: its layers are computed while their shard is written.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,23 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
 
+from gqa.convert.assemble import write_shards
 from gqa.convert.engine import Engine
 from gqa.convert.job import Job, plan_conversion
 from gqa.convert.journal import Journal, locked, work_folder
+from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
 from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
+from gqa.convert.stored import StoredLayer, changed_tensors
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import describe_versions
 from gqa.source import Source
-from gqa.weights.header import read_header
-from gqa.weights.layout import AttentionWeights
-from gqa.weights.reader import TORCH_DTYPES, copy_tensor, read_tensor
-from gqa.weights.writer import check_space, sync_folder, write_shard, write_tensors
+from gqa.weights.writer import check_space, sync_folder, write_tensors
 
 
 def convert(
@@ -50,9 +52,9 @@ def convert(
     out = Path(out)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
+    identity = job.identify(windows)
     _refuse_out_in_source(out, job.folder)
     try:
-        identity = job.identify(windows)
         if os.path.lexists(out):
             report = already_done(out, identity)
             _tidy(out, identity)
@@ -81,13 +83,18 @@ def _work(
     modified = job.checkpoint.modified()
     journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
     try:
-        _convert_layers(job, journal, windows, progress)
-        _write_shards(job, journal, progress)
+        reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, windows, progress)
+        write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
-        report = describe(job, journal.reports, identity, texts)
+        report = describe(job, reports, identity, texts)
         write_text_files(job, journal.result, report, out, identity)
         verify(job, journal.result)
-        job.checkpoint.check_unchanged()
+        if job.checkpoint.modified() != modified:
+            raise GqaError(
+                "the source changed while it was converted",
+                got=job.folder,
+                hint="convert again",
+            )
     except GqaError:
         journal.discard()  # it would only fail in the same way again
         raise
@@ -102,79 +109,25 @@ def _work(
     return report
 
 
-def _convert_layers(job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress) -> None:
-    """Convert the layers that no former run finished, each into a file of its own."""
+def _convert_layers(
+    job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Convert the layers that no former run finished, each into a file of its own. Returns the layers' reports."""
     total = len(job.changes)
     if len(journal.reports) == total:
-        return
+        return journal.reports
     engine = Engine(job.checkpoint, job.layout, job.source.config, job.recipe, windows, progress)
     for layer in range(total):
         if layer < len(journal.reports):
-            engine.replay(layer, job.layout.read_attention(_Stored(job, journal.layer_path(layer)), layer))
+            engine.replay(layer, job.layout.read_attention(StoredLayer(job, journal.layer_path(layer)), layer))
         else:
             weights, report = engine.convert(layer)
-            tensors = _changed_tensors(job, layer, weights)
+            tensors = changed_tensors(job, layer, weights)
             write_tensors(journal.layer_path(layer), tensors, {})
             journal.finish_layer({**report, "layer": layer, "tensors_changed": len(tensors)})
         error = journal.reports[layer].get("output_error")
         progress("convert layers", layer + 1, total, "" if error is None else f"output error {error:.2%}")
-
-
-def _changed_tensors(job: Job, layer: int, weights: AttentionWeights) -> dict[str, torch.Tensor]:
-    """A layer's tensors in the dtypes of the source, without those that came out as they were."""
-    planned = {entry.name: entry for entry in job.changes[layer]}
-    changed: dict[str, torch.Tensor] = {}
-    for name, tensor in job.layout.attention_tensors(layer, weights).items():
-        dtype = TORCH_DTYPES[job.checkpoint.entry(name).dtype]
-        stored = tensor.detach().to(dtype)
-        if not torch.isfinite(stored).all():
-            raise GqaError(
-                f"tensor {name} does not fit {str(dtype).removeprefix('torch.')} after the conversion",
-                got=f"values up to {float(tensor.abs().max()):.3g}",
-                allowed=f"at most {torch.finfo(dtype).max:.3g}",
-                hint="store the parent as bf16 or fp32 first",
-            )
-        old = job.checkpoint.entry(name)
-        if tuple(stored.shape) == old.shape and torch.equal(stored, job.checkpoint.read(name)):
-            continue
-        assert name in planned, f"{name} was not to change"
-        assert tuple(stored.shape) == planned[name].shape, f"{name} has shape {tuple(stored.shape)}"
-        changed[name] = stored
-    return changed
-
-
-class _Stored:
-    """A finished layer as it will be stored: its own file, and the parent's tensors where nothing changed."""
-
-    def __init__(self, job: Job, path: Path) -> None:
-        self.parent, self.file = job.checkpoint, read_header(path)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.parent
-
-    def read(self, name: str) -> torch.Tensor:
-        return read_tensor(self.file, name) if name in self.file.tensors else self.parent.read(name)
-
-
-def _write_shards(job: Job, journal: Journal, progress: Progress) -> None:
-    """Assemble the files that are not complete yet; a layer's file goes when the last of its tensors is in place."""
-    unfinished = [name for name in job.shards if not (journal.result / name).exists()]
-    layer_of = {entry.name: layer for layer, entries in job.changes.items() for entry in entries}
-    needed = [{layer_of[entry.name] for entry in job.shards[name] if entry.name in layer_of} for name in unfinished]
-    files = {layer: read_header(journal.layer_path(layer)) for layers in needed for layer in layers}
-    for index, shard in enumerate(unfinished):
-
-        def write(name: str, stream: BinaryIO) -> None:
-            layer = layer_of.get(name)
-            if layer is not None and name in files[layer].tensors:
-                copy_tensor(files[layer], name, stream)
-            else:
-                job.checkpoint.copy_bytes(name, stream)
-
-        write_shard(journal.result / shard, job.shards[shard], write, job.metadata(shard))
-        for layer in needed[index].difference(*needed[index + 1 :]):
-            files[layer].path.unlink()
-        progress("write files", len(job.shards) - len(unfinished) + index + 1, len(job.shards))
+    return journal.reports
 
 
 def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
@@ -199,19 +152,8 @@ def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
 
 
 def _refuse_out_in_source(out: Path, folder: Path) -> None:
-    source = os.path.realpath(folder)
-    for path in (out, work_folder(out)) if out.name else (out,):
-        try:
-            real = os.path.realpath(path)
-        except ValueError:  # a NUL in the name
-            raise GqaError("OUT is no name of a folder", got=ascii(str(out)), allowed="a path") from None
-        if Path(real).is_relative_to(source):
-            raise GqaError(
-                "OUT lies within the source, which is never touched",
-                got=out,
-                allowed="a place beside it",
-                hint="choose another OUT",
-            )
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise GqaError("OUT lies within the source, which is never touched", got=out, hint="choose a place beside it")
 
 
 def _tidy(out: Path, identity: Mapping[str, Any]) -> None:

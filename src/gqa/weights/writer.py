@@ -47,8 +47,19 @@ def write_shard(
 
     The file appears under its name only when it is complete and on the disk. OSError (a full disk) passes through.
     """
+    write_unpublished(path, entries, write, metadata)
+    publish(path)
+
+
+def write_unpublished(
+    path: Path,
+    entries: Iterable[TensorEntry],
+    write: Callable[[str, BinaryIO], None],
+    metadata: Mapping[str, str],
+) -> None:
+    """`write_shard` up to the complete file, which `publish` brings to the disk and under its name."""
     entries = in_file_order(entries)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _unpublished(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(make_header(entries, metadata))
@@ -56,7 +67,16 @@ def write_shard(
                 before = stream.tell()
                 write(entry.name, stream)
                 assert stream.tell() - before == entry.nbytes, f"{entry.name}: not the bytes of its header"
-            stream.flush()
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(path: Path) -> None:
+    """Wait until what `write_unpublished` wrote is on the disk, and give it its name."""
+    temporary = _unpublished(path)
+    try:
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -65,14 +85,23 @@ def write_shard(
     sync_folder(path.parent)
 
 
+def _unpublished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors that are in memory anyway as one file."""
 
     def write(name: str, stream: BinaryIO) -> None:
-        # Through uint8, as numpy has no bfloat16; flattened, as a scalar has no last dimension to reinterpret.
-        stream.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        write_tensor(stream, tensors[name])
 
     write_shard(path, [describe(name, tensor) for name, tensor in tensors.items()], write, metadata)
+
+
+def write_tensor(stream: BinaryIO, tensor: torch.Tensor) -> None:
+    """Append the bytes of a tensor in memory."""
+    # Through uint8, as numpy has no bfloat16; flattened, as a scalar has no last dimension to reinterpret.
+    stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_index(path: Path, shards: Mapping[str, Iterable[TensorEntry]]) -> None:
