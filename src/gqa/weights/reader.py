@@ -13,6 +13,7 @@ import torch
 
 from gqa.errors import GqaError
 from gqa.source import MAX_JSON_BYTES, check_file, read_json
+from gqa.weights.finite import all_finite
 from gqa.weights.header import Shard, TensorEntry, file_state, parse_unique, read_header
 
 SINGLE = "model.safetensors"
@@ -134,7 +135,7 @@ class Checkpoint:
     def read_finite(self, name: str) -> torch.Tensor:
         """read, where NaN or an infinity would spoil what is calculated: they are a GqaError."""
         tensor = self.read(name)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise GqaError(f"tensor {name} holds NaN or infinite values", allowed="finite weights")
         return tensor
 
