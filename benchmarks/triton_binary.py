@@ -1,7 +1,8 @@
 """What stands in a compiled Triton kernel: registers, spills, shared memory, matrix instructions, widths of loads.
 
 Read off the machine code with the tools of Triton's own wheel, and off the intermediate code (TTGIR) where it says what
-a load is for. Both carry the source lines that an instruction comes from, which ties them together.
+a load is for. Both carry the source line that an instruction comes from, which ties them together; who called that line
+is in the TTGIR only, as not every version of Triton hands it on.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-BITS = {"i8": 8, "bf16": 16, "f16": 16, "f32": 32}
+BITS = {"i8": 8, "i16": 16, "bf16": 16, "f16": 16, "f32": 32}
 
-Place = tuple[tuple[str, int], ...]  # (file, line), then where that was called from, and so on
+Line = tuple[str, int]  # of a file
+Place = tuple[Line, ...]  # a line, then where that was called from, and so on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +45,20 @@ class Binary:
     buffered_bytes: int
 
 
-def examine(compiled: Any, kind: str, block_keys: int) -> Binary:
-    """What stands in a kernel whose K and V are of `kind`, a key of BITS, and come in blocks of `block_keys` keys."""
+def examine(compiled: Any, kinds: Sequence[str], block_keys: int) -> Binary:
+    """What stands in a kernel that reads K and V as `kinds`, keys of BITS, in blocks of `block_keys` keys."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        code = _tool("nvdisasm", "--print-code", "--print-line-info-inline", path)
+        code = _tool("nvdisasm", "--print-code", "--print-line-info", path)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
     instructions = list(_instructions(code))
-    wanted = _places_of_loads(compiled.asm["ttgir"], kind, block_keys)
+    wanted = _lines_of_loads(compiled.asm["ttgir"], kinds, block_keys)
     widths = collections.Counter(
-        _width(name) for name, place in instructions if name.startswith("LDG") and "DEP" not in name and place in wanted
+        _width(name) for name, line in instructions if name.startswith("LDG") and "DEP" not in name and line in wanted
     )
     return Binary(
         registers=registers,
@@ -65,7 +67,7 @@ def examine(compiled: Any, kind: str, block_keys: int) -> Binary:
         shared_bytes=compiled.metadata.shared,
         matrix=tuple(sorted({name.split(".")[0] for name, _ in instructions if name.split(".")[0].endswith("MMA")})),
         load_bits=dict(sorted(widths.items())),
-        buffered_bytes=_buffered_bytes(compiled.asm["ttgir"], kind, block_keys),
+        buffered_bytes=_buffered_bytes(compiled.asm["ttgir"], kinds, block_keys),
     )
 
 
@@ -73,19 +75,14 @@ def _tool(name: str, *arguments: Any) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _instructions(code: str) -> Iterator[tuple[str, Place]]:
-    """(name with suffixes, source place) of every instruction of nvdisasm's listing."""
-    place: Place = ()
-    fresh = True
+def _instructions(code: str) -> Iterator[tuple[str, Line | None]]:
+    """(name with suffixes, source line) of every instruction of nvdisasm's listing."""
+    source = None
     for line in code.splitlines():
-        if "//##" in line:
-            here = tuple((Path(file).name, int(number)) for file, number in re.findall(r'"([^"]*)", line (\d+)', line))
-            # Of a place that was called from another, one line per call: "A inlined at B", then "B inlined at C".
-            place = here if fresh or place[-1:] != here[:1] else place + here[1:]
-            fresh = False
+        if found := re.search(r'//## File "([^"]*)", line (\d+)', line):
+            source = Path(found[1]).name, int(found[2])
         elif found := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", line):
-            fresh = True
-            yield found[1], place
+            yield found[1], source
 
 
 def _width(name: str) -> int:
@@ -94,14 +91,15 @@ def _width(name: str) -> int:
     return widths[0] if widths else 32
 
 
-def _places_of_loads(ttgir: str, kind: str, block_keys: int) -> set[Place]:
-    """Where the source loads tiles of K or V: of their type, with as many keys as a block has on one side."""
+def _lines_of_loads(ttgir: str, kinds: Sequence[str], block_keys: int) -> set[Line]:
+    """Which lines load tiles of K or V: of their types, with as many keys as a block has on one side."""
+    tile = rf"(?:tt\.load|async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<(?:{'|'.join(kinds)})>"
     places = _named_places(ttgir)
     found = set()
     for line in ttgir.splitlines():
-        loads = re.search(rf"(?:tt\.load|async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<{kind}>", line)
+        loads = re.search(tile, line)
         if loads and block_keys in map(int, loads.groups()):
-            found.add(_place(line[line.rindex("loc(") :], places))
+            found.update(_place(line[line.rindex("loc(") :], places)[:1])
     return found
 
 
@@ -120,12 +118,12 @@ def _place(text: str, places: dict[str, str]) -> Place:
     return ()
 
 
-def _buffered_bytes(ttgir: str, kind: str, block_keys: int) -> int:
-    """Loops one after another that load in the same source line use the same memory in turn: the largest counts."""
-    buffer = rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+)x(\d+)x{kind},.*(loc\(.*\))$"
+def _buffered_bytes(ttgir: str, kinds: Sequence[str], block_keys: int) -> int:
+    """Loops one after another that load in the same place use the same memory in turn: the largest counts."""
+    buffer = rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+)x(\d+)x({'|'.join(kinds)}),.*(loc\(.*\))$"
     places = _named_places(ttgir)
     largest: dict[Place, int] = collections.defaultdict(int)
-    for *shape, place in re.findall(buffer, ttgir, re.MULTILINE):
+    for *shape, kind, place in re.findall(buffer, ttgir, re.MULTILINE):
         buffers, rows, columns = map(int, shape)
         if block_keys in (rows, columns):
             where = _place(place, places)

@@ -32,7 +32,8 @@ from gqa.record import Record, describe_versions
 
 COMMAND = "benchmark triton-compile"
 PATH = Path(__file__).with_name("results") / "triton-compiled.json"
-NAMES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "int8": "i8"}  # as Triton's intermediate code has them
+# How K and V are read, in the words of Triton's intermediate code; two int8 values of V may come as one int16.
+READ_AS = {"bf16": ("bf16",), "fp16": ("f16",), "fp32": ("f32",), "int8": ("i8", "i16")}
 LOAD_BITS = 128  # the widest load of a thread on all these chips
 PREDICTED = (
     "registers",
@@ -65,7 +66,7 @@ def row_of(case: Case, launch: Launch) -> dict[str, Any]:
     kernel = launch.kernel.fn.__name__
     block_keys = launch.arguments.get("BLOCK_KEYS")
     streamed = launch.arguments.get("BLOCK_ROWS" if kernel == "differentiate_keys" else "BLOCK_KEYS", 0)
-    binary = examine(compiled, NAMES[case.kv_dtype], streamed)
+    binary = examine(compiled, READ_AS[case.kv_dtype], streamed)
     chip = CHIPS[case.capability]
     blocks = blocks_at_once(chip, launch.warps, binary.registers, binary.shared_bytes)
     scales = 8 if case.kv_dtype == "int8" else 0
@@ -82,7 +83,7 @@ def row_of(case: Case, launch: Launch) -> dict[str, Any]:
         "blocks_per_multiprocessor": blocks,
         "occupancy": blocks * launch.warps / chip.warps,
         "kv_bytes_in_flight_per_multiprocessor": blocks * binary.buffered_bytes,
-        "kv_bytes_per_key": (case.head_dim + case.v_head_dim) * BITS[NAMES[case.kv_dtype]] // 8 + scales,
+        "kv_bytes_per_key": (case.head_dim + case.v_head_dim) * BITS[READ_AS[case.kv_dtype][0]] // 8 + scales,
         "seconds": time.perf_counter() - begun,
     }
     return row | {"faults": faults(row)}

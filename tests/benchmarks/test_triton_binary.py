@@ -10,12 +10,10 @@ import pytest
 pytest.importorskip("triton", reason="the tools come in its wheel")
 
 LISTING = """
-	//## File "/a/parts.py", line 7 inlined at "/b/forward.py", line 40
-	//## File "/b/forward.py", line 40
+	//## File "/a/parts.py", line 7
         /*0010*/              @!P3 LDG.E.128 R8, desc[UR18][R4.64] ;
         /*0020*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR18][R122.64], !P5 ;
         /*0030*/                   LDGDEPBAR ;
-	//## File "/a/parts.py", line 7 inlined at "/b/forward.py", line 50
         /*0040*/                   LDG.E.U8 R8, desc[UR18][R4.64] ;
 	//## File "/b/forward.py", line 60
         /*0050*/              @UP0 LDG.E R8, desc[UR18][R4.64] ;
@@ -46,13 +44,12 @@ def binary(script: Any) -> ModuleType:
     return script("triton_binary")
 
 
-def test_instructions_know_the_source_they_come_from(binary: ModuleType) -> None:
-    called = (("parts.py", 7), ("forward.py", 40))
+def test_instructions_know_the_line_they_come_from(binary: ModuleType) -> None:
     found = list(binary._instructions(LISTING))
-    assert [name for name, _ in found][:4] == ["LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "LDG.E.U8"]
-    assert [place for _, place in found][:3] == [called] * 3
-    assert found[3][1] == (("parts.py", 7), ("forward.py", 50))
-    assert found[4] == ("LDG.E", (("forward.py", 60),))
+    names = ["LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "LDG.E.U8"]
+    assert found[:4] == [(name, ("parts.py", 7)) for name in names]
+    assert found[4] == ("LDG.E", ("forward.py", 60))
+    assert len(found) == 8
 
 
 @pytest.mark.parametrize(
@@ -64,18 +61,18 @@ def test_the_width_of_a_load(binary: ModuleType, name: str, bits: int) -> None:
 
 
 def test_keys_and_values_are_told_from_queries_and_scales(binary: ModuleType) -> None:
-    assert binary._places_of_loads(TTGIR, "bf16", 64) == {
-        (("parts.py", 7), ("forward.py", 40)),
-        (("parts.py", 7), ("forward.py", 50)),
-    }
-    assert binary._buffered_bytes(TTGIR, "bf16", 64) == 2 * 2 * 64 * (128 + 64)
+    assert binary._lines_of_loads(TTGIR, ["bf16"], 64) == {("parts.py", 7)}
+    assert binary._lines_of_loads(TTGIR, ["bf16"], 16) == {("forward.py", 60)}
+    assert binary._lines_of_loads(TTGIR, ["f32"], 64) == set()
+    assert binary._buffered_bytes(TTGIR, ["bf16"], 64) == 2 * 2 * 64 * (128 + 64)
+    assert binary._buffered_bytes(TTGIR.replace("64x64xbf16", "64x64xi16"), ["bf16", "i16"], 64) == 2 * 2 * 64 * 192
 
 
 def test_a_kernel_is_examined(binary: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = " Function attend:\n  REG:143 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:600 TEXTURE:0\n"
     monkeypatch.setattr(binary, "_tool", lambda name, *_: {"cuobjdump": usage, "nvdisasm": LISTING}[name])
     compiled = SimpleNamespace(asm={"cubin": b"", "ttgir": TTGIR}, metadata=SimpleNamespace(shared=70000))
-    assert binary.examine(compiled, "bf16", 64) == binary.Binary(
+    assert binary.examine(compiled, ["bf16"], 64) == binary.Binary(
         registers=143,
         stack_bytes=8,
         spills=1,
