@@ -92,6 +92,17 @@ def test_incoming_gradients_of_any_layout():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "heads behind tokens"])
+def test_gradients_lie_as_their_tensors_do(layout):
+    """So that what follows finds its own; torch is told the same."""
+    q, k, v = (moved(laid_out(x, layout)) for x in random_call(B=1, T=5, S=9, D=16, Dv=16))
+    out, lse = gqa.attention(q, k, v, impl="triton", return_lse=True)
+    call = (q, k, v, out, lse, out, None, False, 4, None, None, 0.3, *(None,) * 7)
+    dq, dk, dv, _ = torch.ops.gqa.triton_backward(*call)
+    assert [x.stride() for x in (dq, dk, dv)] == [x.stride() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.gqa.triton_backward.default, call, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_twice_the_same_bits():
     q, k, v = map(moved, random_call(B=1, T=40, S=70, D=16, Dv=16))
     options = {"causal": True, "sinks": torch.linspace(-2, 2, 6, device=DEVICE)}
