@@ -59,10 +59,8 @@ def test_already_grouped_models_shrink_further(tmp_path):
     half = as_scrambled_mha(grouped, shuffle=False)
     halved = tiny_llama(4)
     state = dict(grouped.state_dict())
-    for layer, layout, fields in attention_layers(grouped):
-        assert fields["k"] is not None
-        assert fields["v"] is not None
-        k, v = (tensor.view(2, 12, -1).repeat_interleave(2, 0).reshape(48, -1) for tensor in (fields["k"], fields["v"]))
+    for layer, layout, weights in attention_layers(grouped):
+        k, v = (tensor.view(2, 12, -1).repeat_interleave(2, 0).reshape(48, -1) for tensor in (weights.k, weights.v))
         state |= {layout.tensor_name(layer, "k"): k, layout.tensor_name(layer, "v"): v}
     halved.load_state_dict(state)
     torch.testing.assert_close(logits(halved), logits(half), rtol=0, atol=1e-10)

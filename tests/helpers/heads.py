@@ -3,6 +3,8 @@
 Letters: r KV heads of a group, G queries per KV head, D, Dv head dims, E inputs, d hidden.
 """
 
+import dataclasses
+
 import torch
 
 from gqa.convert.heads import Heads, from_pairs, to_pairs
@@ -17,15 +19,25 @@ def random_heads(r, G, D, Dv, d, E, seed=0):
     return Heads(draw(r, G, D, E), draw(r, D, E), draw(r, Dv, E), draw(r, G, d, Dv))
 
 
-def scramble(heads: Heads, generator: torch.Generator) -> Heads:
-    """Turn every head by maps that leave what it computes alone: a phase per rotary pair, an orthogonal map of V."""
-    H, D, Dv = len(heads.k), heads.k.shape[1], heads.v.shape[1]
-    angle = torch.rand(H, D // 2, generator=generator, dtype=torch.float64) * 6.28
+def scramble(heads: Heads, generator: torch.Generator, *, rows: str = "invertible") -> Heads:
+    """Turn every head by maps that leave what it computes alone: a phase per rotary pair, an orthogonal map of V, and
+    an `invertible` or `orthogonal` one of the rows of K without rotary."""
+    H, D, Dv, R = len(heads.k), heads.k.shape[1], heads.v.shape[1], heads.turned
+
+    def orthogonal(size):
+        return torch.linalg.qr(torch.randn(H, size, size, generator=generator, dtype=torch.float64))[0]
+
+    angle = torch.rand(H, R // 2, generator=generator, dtype=torch.float64) * 6.28
     phase = torch.polar(torch.ones_like(angle), angle)[..., None]
-    turn, _ = torch.linalg.qr(torch.randn(H, Dv, Dv, generator=generator, dtype=torch.float64))
-    return Heads(
-        q=from_pairs(phase[:, None] * to_pairs(heads.q)),
-        k=from_pairs(phase * to_pairs(heads.k)),
+    turn, plain = orthogonal(Dv), orthogonal(D - R)
+    if rows == "invertible":
+        plain = plain * torch.linspace(0.5, 2, D - R, dtype=torch.float64)
+    back = torch.linalg.inv(plain).mT
+    q, k = heads.q, heads.k
+    return dataclasses.replace(
+        heads,
+        q=torch.cat([from_pairs(phase[:, None] * to_pairs(q[:, :, :R])), back[:, None] @ q[:, :, R:]], -2),
+        k=torch.cat([from_pairs(phase * to_pairs(k[:, :R])), plain @ k[:, R:]], -2),
         v=turn @ heads.v,
         o=heads.o @ turn.mT[:, None],
     )

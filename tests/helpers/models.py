@@ -1,14 +1,17 @@
 """Small real models made for tests."""
 
-import copy
+import dataclasses
 
+import helpers.heads as heads_made
 import torch
-from helpers.heads import scramble
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gqa.config import parse_config
+from gqa.config import child_config, parse_config
 from gqa.convert import heads
-from gqa.weights.layout import load_layout
+from gqa.weights.layout import TensorsInMemory, load_layout
+
+# What a config says in the spelling of transformers 4 beside today's.
+_OLD = ("rope_theta", "rope_scaling", "torch_dtype")
 
 
 def tiny_llama(kv_heads=2, query_heads=8, *, layers=2, bias=False, tied=False, dtype=torch.float64, seed=0):
@@ -36,37 +39,39 @@ def tiny_llama(kv_heads=2, query_heads=8, *, layers=2, bias=False, tied=False, d
 
 
 def attention_layers(model):
-    """Every layer's attention projections as AttentionWeights, by the layout's own names."""
+    """Every layer's attention as AttentionWeights, by the layout's own names."""
     layout = load_layout(model.config.model_type)
-    state = model.state_dict()
     for layer in range(model.config.num_hidden_layers):
-        fields = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias")
-        yield layer, layout, {field: state.get(layout.tensor_name(layer, field)) for field in fields}
+        yield layer, layout, layout.read_attention(TensorsInMemory(model.state_dict()), layer)
 
 
-def as_scrambled_mha(model, *, shuffle=True, seed=0):
+def as_scrambled_mha(model, *, shuffle=True, turn=True, rows="invertible", seed=0):
     """The multi-head model that computes the same as a grouped-query one: every KV head repeated for each of its
     query heads, each copy turned by maps that leave its function alone, and the heads in another order."""
-    from gqa.weights.layout import AttentionWeights
-
     generator = torch.Generator().manual_seed(seed)
-    shape = parse_config(model.config.to_dict(), "tiny").layers[0]
-    config = copy.deepcopy(model.config)
-    config.num_key_value_heads = H = shape.query_heads
-    state = model.state_dict()
-    for layer, layout, fields in attention_layers(model):
-        weights = AttentionWeights(**fields)
-        grouped = heads.split(weights, shape)
-        G = shape.query_heads // shape.kv_heads
-        repeated = heads.Heads(
-            grouped.q.reshape(H, 1, *grouped.q.shape[2:]),
-            grouped.k.repeat_interleave(G, 0),
-            grouped.v.repeat_interleave(G, 0),
-            grouped.o.reshape(H, 1, *grouped.o.shape[2:]),
-        )
+    raw = model.config.to_dict()
+    shape = parse_config(raw, "tiny").layers[0]
+    H, G = shape.query_heads, shape.query_heads // shape.kv_heads
+    multi = dataclasses.replace(shape, kv_heads=H)
+    config = type(model.config)(**{key: value for key, value in child_config(raw, H).items() if key not in _OLD})
+    state = dict(model.state_dict())
+    for layer, layout, weights in attention_layers(model):
+        grouped = heads.split(weights, shape, layout)
+        repeated = {"q": one_each(grouped.q), "o": one_each(grouped.o)}
+        repeated |= {name: getattr(grouped, name).repeat_interleave(G, 0) for name in ("k", "v")}
+        if grouped.sinks is not None:
+            repeated["sinks"] = one_each(grouped.sinks)
+        if grouped.q_norm is not None and grouped.k_norm is not None:
+            repeated |= {"q_norm": one_each(grouped.q_norm), "k_norm": grouped.k_norm.repeat_interleave(G, 0)}
         order = torch.randperm(H, generator=generator).tolist() if shuffle else list(range(H))
-        turned = scramble(repeated.select(order), generator)
-        state.update(layout.attention_tensors(layer, heads.join(turned, weights)))
+        multiplied = dataclasses.replace(grouped, **repeated).select(order)
+        scrambled = heads_made.scramble(multiplied, generator, rows=rows) if turn else multiplied
+        state.update(layout.attention_tensors(layer, heads.join(scrambled, weights, multi, layout)))
     child = type(model)(config).to(next(model.parameters()).dtype).eval()
     child.load_state_dict(state)
     return child
+
+
+def one_each(tensor):
+    """What belongs to (H, G) query heads, as belongs to (H * G, 1)."""
+    return tensor.flatten(0, 1)[:, None]

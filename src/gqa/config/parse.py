@@ -6,6 +6,7 @@ data/model_types.toml.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import re
@@ -35,6 +36,8 @@ DTYPE = ("dtype", "torch_dtype")
 NESTED = ("text_config", "llm_config", "language_config")
 # Keys that a multimodal config may keep outside its text_config.
 SHARED_WITH_NESTED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+
+_PARTIAL = "partial_rotary_factor"
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -145,13 +148,24 @@ class _Parser:
                 )
             head_dim = hidden // heads
         v_head_dim = self.number_or_none(("v_head_dim",), MAX_WIDTH) or head_dim
-        full = LayerShape("full", heads, kv_heads, head_dim, v_head_dim)
+        alibi = bool(self.flag_or_none("alibi"))
+        rotary_dim = 0 if alibi or self.facts.get("positions") else self.rotary_dim(head_dim)
+        full = LayerShape("full", heads, kv_heads, head_dim, v_head_dim, None, rotary_dim, alibi)
         slides = self.sliding_layers(count)
         if not any(slides):
             return (full,) * count
         window = self.number(("sliding_window",), MAX_TOKENS)
-        sliding = LayerShape("sliding", heads, kv_heads, head_dim, v_head_dim, window)
+        sliding = dataclasses.replace(full, kind="sliding", window=window)
         return tuple(sliding if slide else full for slide in slides)
+
+    def rotary_dim(self, head_dim: int) -> int | None:
+        """How many of a head's dimensions the rotary embedding turns; None for all."""
+        rope = self.config.get("rope_parameters")
+        spellings = [rope.get(_PARTIAL)] if isinstance(rope, Mapping) else []
+        factor = next((value for value in (*spellings, self.config.get(_PARTIAL)) if value is not None), 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
+            raise self.error(_PARTIAL, factor, "a number from 0 to 1")
+        return None if factor == 1 else int(head_dim * factor)
 
     def kv_heads(self, heads: int) -> int:
         multi_query = self.flag_or_none("multi_query") and not self.flag_or_none("new_decoder_architecture")

@@ -20,6 +20,9 @@ class LayerShape:
     kind `full` keeps every token's K and V; `sliding` keeps the last `window` tokens, the newest included;
     `mla` (multi-head latent attention) keeps one row of `head_dim` numbers per token, of which the first
     `v_head_dim` serve as the value too, so that it counts as a single KV head.
+
+    rotary_dim: the first dimensions of a head that the rotary embedding turns, None for all; alibi: scores fall off
+    with distance, at a slope that belongs to the query head's number.
     """
 
     kind: LayerKind
@@ -28,6 +31,8 @@ class LayerShape:
     head_dim: int
     v_head_dim: int
     window: int | None = None
+    rotary_dim: int | None = None
+    alibi: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

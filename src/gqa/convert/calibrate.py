@@ -8,12 +8,16 @@ Letters: N windows · T tokens per window · d hidden size · E = d, or d + 1 wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gqa.config import LayerShape
+from gqa.config.parse import LAYERS
 from gqa.convert.scores import Positions
 
 # Windows per forward pass: enough to fill two cores, small enough for any hidden size.
@@ -42,24 +46,14 @@ class Block:
         output_path: str,
         dtype: torch.dtype,
     ) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        fields = dict(config)
-        whole = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
-        # Layers may differ (sliding windows): the single layer that is built must be of this layer's kind.
-        kinds = getattr(whole, "layer_types", None)
-        single = {**config, "num_hidden_layers": 1} | ({"layer_types": [kinds[layer]]} if kinds else {})
-        single_config = AutoConfig.for_model(str(single.pop("model_type")), **single)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(single_config, attn_implementation="sdpa", dtype=dtype)
-        model.eval()
+        model = _hollow_model(config, layer, dtype)
         self.decoder: nn.Module = model.base_model
         self.block: nn.Module = model.get_submodule(layer_path)
         self.attention: nn.Module = self.block.get_submodule(attention_path)
         output = self.block.get_submodule(output_path)
         assert isinstance(output, nn.Linear)
         self.output = output
+        self._frames: dict[tuple[int, ...], tuple[tuple, dict[str, Any]]] = {}
         self._arguments: dict[tuple[int, ...], dict[str, Any]] = {}
         missing, unexpected = self.block.load_state_dict(
             {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True
@@ -70,60 +64,122 @@ class Block:
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states before the block -> after it: (N, T, d) -> (N, T, d)."""
-        return torch.cat([self._run(batch, self.block, before=False)[0] for batch in hidden.split(BATCH)])
+        return torch.cat([self._run(batch) for batch in hidden.split(BATCH)])
 
     @torch.no_grad()
     def attention_input(self, hidden: Tensor) -> Tensor:
         """Hidden states before the block -> what its attention is given, after the norm: (N, T, d) -> (N, T, d)."""
-        return torch.cat([self._run(batch, self.attention, before=True)[0] for batch in hidden.split(BATCH)])
+        return torch.cat([_caught(self.attention, self._run, batch)[0] for batch in hidden.split(BATCH)])
 
     def attend(self, inputs: Tensor) -> Tensor:
         """The attention alone: (n, T, d) -> (n, T, d), with gradients where the caller wants them."""
         return self.attention(inputs, **self._arguments_of(inputs))[0]
 
-    def positions(self, inputs: Tensor) -> Positions:
+    def positions(self, inputs: Tensor, shape: LayerShape) -> Positions:
         """Rotary turns, visible keys and scale of this attention, for windows like `inputs` (n, T, d)."""
         arguments = self._arguments_of(inputs[:1])
         T = inputs.shape[1]
-        cos, sin = (part[0, :, : part.shape[-1] // 2] for part in arguments["position_embeddings"])
+        pairs = (shape.head_dim if shape.rotary_dim is None else shape.rotary_dim) // 2
+        turns = torch.ones(T, pairs, dtype=inputs.dtype.to_complex())
+        if pairs:
+            turns = torch.complex(*(_angles(part[0], pairs) for part in arguments["position_embeddings"]))
         visible = torch.ones(T, T, dtype=torch.bool).tril()
         mask = arguments["attention_mask"]
         if mask is not None:  # without one, sdpa is told to be causal
             visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-        scale = self.attention.scaling
-        assert isinstance(scale, float)
-        return Positions(torch.complex(cos, sin).to(inputs.dtype.to_complex()), visible, scale)
+        return Positions(
+            turns.to(inputs.dtype.to_complex()),
+            visible,
+            getattr(self.attention, "scaling", shape.head_dim**-0.5),
+            getattr(self.attention, "attn_logit_softcapping", None),
+        )
 
     def _arguments_of(self, inputs: Tensor) -> dict[str, Any]:
-        size = inputs.shape[:2]
+        size = (inputs.shape[0], inputs.shape[1])
         if size not in self._arguments:  # masks and rotary angles depend on the batch's size alone
             with torch.no_grad():
-                self._arguments[size] = self._run(torch.zeros_like(inputs), self.attention, before=True)[1]
+                self._arguments[size] = _caught(self.attention, self._run, torch.zeros_like(inputs))[2]
         return self._arguments[size]
 
-    def _run(self, hidden: Tensor, module: nn.Module, *, before: bool) -> tuple[Tensor, dict[str, Any]]:
-        """Run the decoder until `module` and return its first input or output and its other keyword arguments."""
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
+    def _run(self, hidden: Tensor) -> Tensor:
+        """The block's output, given what the decoder gives it beside its input."""
+        size = (hidden.shape[0], hidden.shape[1])
+        if size not in self._frames:
+            decoder = functools.partial(self.decoder, use_cache=False)
+            self._frames[size] = _caught(self.block, decoder, inputs_embeds=torch.zeros_like(hidden))[1:]
+        args, kwargs = self._frames[size]
+        output = self.block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
-        def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any], *output: Any) -> None:
-            kwargs = dict(kwargs)
-            first = args[0] if args else kwargs.pop("hidden_states")
-            if output:
-                first = output[0][0] if isinstance(output[0], tuple) else output[0]
-            seen.append((first, kwargs))
-            raise _SeenError
 
-        if before:
-            handle = module.register_forward_pre_hook(catch, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(catch, with_kwargs=True)
-        try:
-            self.decoder(inputs_embeds=hidden, use_cache=False)
-        except _SeenError:
-            return seen[0]
-        finally:
-            handle.remove()
-        raise AssertionError("the decoder never reached the module")
+@torch.no_grad()
+def first_hidden(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    windows: np.ndarray,
+    *,
+    layer_path: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Hidden states before the first block: token ids (N, T) -> (N, T, d), scaled and with positions where the model
+    has them. tensors: the embeddings, named as in the checkpoint."""
+    model = _hollow_model(config, 0, dtype)
+    embeddings = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    unexpected = model.load_state_dict(embeddings, strict=False, assign=True).unexpected_keys
+    assert not unexpected, f"the model has no {unexpected}"
+    decoder = functools.partial(model.base_model, use_cache=False)
+    block = model.get_submodule(layer_path)
+    tokens = torch.from_numpy(np.asarray(windows))
+    return torch.cat([_caught(block, decoder, input_ids=batch)[0] for batch in tokens.split(BATCH)])
+
+
+def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype) -> Any:
+    """The model with block `layer` alone, in the place of the first; no parameter takes memory yet."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(config)
+    whole = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
+    # Layers may differ (sliding windows): the single layer that is built must be of this layer's kind.
+    kinds = getattr(whole, "layer_types", None)
+    single = {key: value for key, value in config.items() if key not in LAYERS} | {"num_hidden_layers": 1}
+    single |= {"layer_types": [kinds[layer]]} if kinds else {}
+    single_config = AutoConfig.for_model(str(single.pop("model_type")), **single)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(single_config, attn_implementation="sdpa", dtype=dtype)
+    model.eval()
+    for module in model.base_model.children():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            # Learned positions are added to whatever the decoder is given.
+            module.weight = nn.Parameter(torch.zeros(module.weight.shape, dtype=dtype), requires_grad=False)
+    return model
+
+
+def _caught(module: nn.Module, run: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[Tensor, tuple, dict]:
+    """What `module` is given while `run` runs, which ends there: its input, its other arguments, its keywords."""
+    seen: list[tuple[Tensor, tuple, dict[str, Any]]] = []
+
+    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        first, *others = args if args else (kwargs.pop("hidden_states"),)
+        seen.append((first, tuple(others), kwargs))
+        raise _SeenError
+
+    handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        run(*args, **kwargs)
+    except _SeenError:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise AssertionError("the decoder never reached the module")
+
+
+def _angles(part: Tensor, pairs: int) -> Tensor:
+    """Cosines or sines (T, F) out of what models hold: (T, F), twice side by side (T, 2F), or each twice (T, 2F)."""
+    if part.shape[-1] == 2 * pairs:
+        return part[:, ::2] if torch.equal(part[:, ::2], part[:, 1::2]) else part[:, :pairs]
+    return part
 
 
 def second_moment(inputs: Tensor, *, biased: bool) -> Tensor:

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from gqa.config import child_config, parse_config
 from gqa.convert import grouping, heads, refine, scores
-from gqa.convert.calibrate import BATCH, Block, second_moment
+from gqa.convert.calibrate import BATCH, Block, first_hidden, second_moment
 from gqa.convert.merge import METHODS
 from gqa.convert.recipe import Recipe
 from gqa.progress import Progress, silent
-from gqa.weights.layout import AttentionWeights, Layout
+from gqa.weights.layout import AttentionWeights, Layout, TensorsInMemory
 from gqa.weights.reader import Checkpoint
 
 # Methods whose closed form is weighted by the calibration activations.
 _WEIGHTED = ("svd", "procrustes")
+
+# Why a layer's W_q and W_k were not fitted to the parent's scores.
+_NO_SCORES = "W_q and W_k: between them and the scores stands a norm, or ALiBi"
 
 
 class Engine:
@@ -47,35 +50,40 @@ class Engine:
         self.shapes = parse_config(config, layout.model_type).layers
         self.hidden: tuple[Tensor, Tensor] | None = None  # before the next layer: the parent's, the child's
         if windows is not None and (recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens):
-            embedding = checkpoint.read_finite(layout.embedding)
+            before = {name: checkpoint.read_finite(name) for name in layout.before}
             # float64 checkpoints stay exact; everything else is calibrated in float32.
-            self.dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-            embedded = torch.nn.functional.embedding(torch.from_numpy(np.asarray(windows)), embedding).to(self.dtype)
+            self.dtype = torch.float64 if before[layout.embedding].dtype == torch.float64 else torch.float32
+            embedded = first_hidden(config, before, windows, layer_path=self._layer_path, dtype=self.dtype)
             self.hidden = (embedded, embedded)
 
     def convert(self, layer: int) -> tuple[AttentionWeights, dict[str, Any]]:
         """The child's attention of this layer, and a report: the groups and, with calibration text, the relative mean
         squared error of the attention's output in closed form and at the end."""
         weights = self.layout.read_attention(self.checkpoint, layer)
-        parent = heads.split(weights, self.shapes[layer])
+        shape = self.shapes[layer]
+        parent = heads.split(weights, shape, self.layout)
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + layer)
         if self.hidden is None:
-            child, groups = self._merge(parent, None, generator)
-            return heads.join(child, weights), {"layer": layer, "groups": groups}
+            child, groups = self._merge(parent, None, generator, ordered=shape.alibi)
+            return heads.join(child, weights, shape, self.layout), {"layer": layer, "groups": groups}
 
         parent_hidden, child_hidden = self.hidden
         block = self._block(layer, self.parent_config, weights)
         targets = _attention_output(block, block.attention_input(parent_hidden))
         inputs = block.attention_input(child_hidden)
         moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
-        child, groups = self._merge(parent, moment, generator)
+        child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
 
-        if self.recipe.refit:
+        if self.recipe.refit and (parent.norm is not None or shape.alibi):
+            report["not_refitted"] = _NO_SCORES
+        elif self.recipe.refit:
             some = slice(0, max(1, scores.SCORE_TOKENS // inputs.shape[1]))
             parent_inputs = block.attention_input(parent_hidden[some])
-            child = self._refit_scores(child, parent, groups, inputs[some], parent_inputs, block.positions(inputs))
-        student = self._block(layer, self.child_config, heads.join(child, weights))
+            child = self._refit_scores(
+                child, parent, groups, inputs[some], parent_inputs, block.positions(inputs, shape)
+            )
+        student = self._block(layer, self.child_config, heads.join(child, weights, shape, self.layout))
         if self.recipe.refit:
             refine.refit(student, inputs, targets)
         report["closed_form_error"] = report["output_error"] = refine.output_error(student, inputs, targets)
@@ -106,14 +114,15 @@ class Engine:
             self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
 
     def _merge(
-        self, parent: heads.Heads, moment: Tensor | None, generator: torch.Generator
+        self, parent: heads.Heads, moment: Tensor | None, generator: torch.Generator, *, ordered: bool
     ) -> tuple[heads.Heads, grouping.Groups]:
-        if self.recipe.grouping == "search":
+        """ordered: query heads must keep their numbers, to which something belongs that no tensor holds."""
+        if self.recipe.grouping == "search" and not ordered:
             groups = grouping.search(parent, moment, self.recipe.kv_heads, generator)
         else:
             groups = grouping.contiguous(len(parent.k), self.recipe.kv_heads)
         method = METHODS[self.recipe.method]
-        return _together([method(parent.select(group), moment, generator) for group in groups]), groups
+        return heads.together([method(parent.select(group), moment, generator) for group in groups]), groups
 
     def _refit_scores(
         self,
@@ -128,7 +137,7 @@ class Engine:
             scores.refit_scores(child.select([index]), parent.select(group), inputs, parent_inputs, where)
             for index, group in enumerate(groups)
         ]
-        return _together(fitted)
+        return heads.together(fitted)
 
     def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
         prefix = self.layout.layer_prefix(layer)
@@ -142,20 +151,21 @@ class Engine:
         return Block(
             config,
             layer,
-            tensors,
-            layer_path=self.layout.layer_prefix(0).rstrip("."),
+            self.layout.as_module(tensors),
+            layer_path=self._layer_path,
             attention_path=self.layout.attention_path,
             output_path=self.layout.modules["o"],
             dtype=self.dtype,
         )
 
+    @property
+    def _layer_path(self) -> str:
+        return self.layout.layer_prefix(0).rstrip(".")
+
     def _attention_of(self, layer: int, block: Block) -> AttentionWeights:
         prefix = self.layout.layer_prefix(layer)
         state = {prefix + name: tensor for name, tensor in block.block.state_dict().items()}
-        fields = {
-            name: state.get(self.layout.tensor_name(layer, name)) for name in AttentionWeights.__dataclass_fields__
-        }
-        return AttentionWeights(**fields)  # type: ignore[arg-type]
+        return self.layout.read_attention(TensorsInMemory(state), layer)
 
     def _as_stored(self, layer: int, weights: AttentionWeights) -> AttentionWeights:
         """The weights rounded to the checkpoint's dtypes: later layers make up for the rounding too, and are fitted on
@@ -165,10 +175,6 @@ class Engine:
             for field, tensor in vars(weights).items()
         }
         return AttentionWeights(**fields)  # type: ignore[arg-type]
-
-
-def _together(merged: list[heads.Heads]) -> heads.Heads:
-    return heads.Heads(*(torch.cat([getattr(one, field) for one in merged]) for field in ("q", "k", "v", "o")))
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gqa.convert.heads import Heads
-from gqa.convert.merge import key_gram, query_energy, value_gram, value_paths
+from gqa.convert.keys import effective, key_gram, query_energy, row_paths
+from gqa.convert.merge import value_gram, value_paths
 
 Groups = list[list[int]]
 
@@ -40,23 +41,32 @@ def search(heads: Heads, moment: Tensor | None, groups: int, generator: torch.Ge
 
 def pair_losses(heads: Heads, moment: Tensor | None) -> Tensor:
     """(H, H): the share of the layer's energy lost when heads i and j share one KV head; zero on the diagonal."""
-    keys = key_gram(heads.k, query_energy(heads.q, moment), moment)  # (F, H, H)
-    power = keys.diagonal(dim1=1, dim2=2).real  # (F, H)
-    middle = (power[:, :, None] + power[:, None, :]) / 2
-    spread = ((power[:, :, None] - power[:, None, :]) / 2).square() + keys.abs().square()
-    lost_keys = (middle - spread.sqrt()).clamp_min(0).sum(0)  # the smaller eigenvalue of each 2 x 2 block
+    query, key = effective(heads, moment)
+    R = heads.turned
+    lost, total = torch.zeros(len(key), len(key), dtype=key.dtype), torch.zeros((), dtype=key.dtype)
+    if R:
+        keys = key_gram(key[:, :R], query_energy(query[..., :R, :], moment), moment)  # (F, H, H)
+        power = keys.diagonal(dim1=1, dim2=2).real  # (F, H)
+        middle = (power[:, :, None] + power[:, None, :]) / 2
+        spread = ((power[:, :, None] - power[:, None, :]) / 2).square() + keys.abs().square()
+        lost += (middle - spread.sqrt()).clamp_min(0).sum(0)  # the smaller eigenvalue of each 2 x 2 block
+        total += power.sum()
+    if key.shape[1] > R:
+        lost_rows, energy = _subspace_losses(value_gram(row_paths(query[..., R:, :], key[:, R:], moment)[0], moment))
+        lost, total = lost + lost_rows, total + energy
+    lost_values, energy = _subspace_losses(value_gram(value_paths(heads)[0], moment))
+    return (lost / total + lost_values / energy).fill_diagonal_(0)
 
-    gram = value_gram(value_paths(heads)[0], moment)
-    H, Dv = gram.shape[:2]
-    lost_values = torch.zeros(H, H, dtype=gram.dtype)
+
+def _subspace_losses(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What pairs lose that share n of their 2 n directions (H, H), and the energy of all heads; gram (H, n, H, n)."""
+    H, n = gram.shape[:2]
+    lost = torch.zeros(H, H, dtype=gram.dtype)
     for i in range(H):
         for j in range(i + 1, H):
-            block = gram[[i, j]][:, :, [i, j]].reshape(2 * Dv, 2 * Dv)
-            lost = torch.linalg.eigvalsh(block)[:Dv].clamp_min(0).sum()
-            lost_values[i, j] = lost_values[j, i] = lost
-    total_values = gram.reshape(H * Dv, H * Dv).trace()
-    losses = lost_keys / power.sum() + lost_values / total_values
-    return losses.fill_diagonal_(0)
+            block = gram[[i, j]][:, :, [i, j]].reshape(2 * n, 2 * n)
+            lost[i, j] = lost[j, i] = torch.linalg.eigvalsh(block)[:n].clamp_min(0).sum()
+    return lost, gram.reshape(H * n, H * n).trace()
 
 
 def _descend(losses: Tensor, labels: Tensor) -> tuple[Tensor, float]:

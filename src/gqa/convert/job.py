@@ -171,7 +171,7 @@ def plan_conversion(source: Source, recipe: Recipe) -> Job:
     """
     assert source.folder is not None, "a source with weights: open_checkpoint"
     parent = parse_config(source.config, source.name)
-    layout = load_layout(parent.model_type)
+    layout = load_layout(parent.model_type, source.config)
     _check_kv_heads(parent, recipe.kv_heads)
     checkpoint = Checkpoint(source.folder)
     layout.check(checkpoint, parent)
@@ -182,11 +182,9 @@ def plan_conversion(source: Source, recipe: Recipe) -> Job:
     child = parse_config(config, source.name)
     changes: dict[int, tuple[TensorEntry, ...]] = {}
     if recipe.kv_heads != parent.kv_heads:
-        fields = {"k", "v", "k_bias", "v_bias"}
-        fields |= set() if recipe.baseline else {"q", "o", "q_bias", "o_bias"}
         for layer in range(len(child.layers)):
             shapes = layout.attention_shapes(child, layer)
-            names = [layout.tensor_name(layer, field) for field in sorted(fields)]
+            names = layout.changing(layer, pooled=recipe.baseline)
             changes[layer] = tuple(
                 replace(checkpoint.entry(name), shape=shapes[name]) for name in names if name in checkpoint
             )

@@ -5,6 +5,7 @@ Letters: n windows · T tokens · r*G query heads of one group · D head dim · 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,12 +30,13 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class Positions:
-    """What the model does to queries and keys before their product. turns (T, F): the rotary factor of every position
-    and pair; visible (T, T): which keys a query sees; scale: of the scores."""
+    """What the model does to queries and keys around their product. turns (T, F): the rotary factor of every position
+    and pair; visible (T, T): which keys a query sees; scale: of the scores; softcap: the bound that tanh gives them."""
 
     turns: Tensor
     visible: Tensor
     scale: float
+    softcap: float | None = None
 
 
 def refit_scores(child: Heads, parent: Heads, child_inputs: Tensor, parent_inputs: Tensor, where: Positions) -> Heads:
@@ -49,13 +51,13 @@ def refit_scores(child: Heads, parent: Heads, child_inputs: Tensor, parent_input
     linear least-squares problem, solved by conjugate gradients from the closed form on. Source: ours.
 
     child_inputs and parent_inputs (n, T, d): what each attention is given. parent holds the group's heads in the
-    order of the child's query heads.
+    order of the child's query heads. Sinks and soft caps weigh in through a; the error is that of the bare scores.
     """
     fit = _Fit(child, parent, child_inputs, parent_inputs, where)
     matrices = {"q": child.q[0].to(fit.dtype), "k": child.k[0].to(fit.dtype)}
     for turn in _TURNS:
         matrices[turn] = fit.solve(turn, matrices["q"], matrices["k"])
-    return Heads(matrices["q"][None].double(), matrices["k"][None].double(), child.v, child.o)
+    return dataclasses.replace(child, q=matrices["q"][None].double(), k=matrices["k"][None].double())
 
 
 class _Fit:
@@ -71,7 +73,7 @@ class _Fit:
             x = _with_ones(x, E)
             keys = self._turned(x, k).repeat_interleave(q.shape[1], 1)
             scores = self._turned(x, q.flatten(0, 1)) @ keys.mT * self.scale
-            self.attention.append(scores.masked_fill(~where.visible, float("-inf")).softmax(-1))
+            self.attention.append(_attention(scores, where, parent.sinks))
             self.scores.append(scores)
 
     def solve(self, turn: str, q: Tensor, k: Tensor) -> Tensor:
@@ -106,12 +108,27 @@ class _Fit:
 
     def _turned(self, x: Tensor, rows: Tensor) -> Tensor:
         """Project and rotate: x (n, T, E), rows (heads, D, E) -> (n, heads, T, D)."""
-        projected = torch.einsum("nte,hde->nhdt", x, rows)
-        return from_pairs(to_pairs(projected) * self.turns.T).mT
+        return self._turn(torch.einsum("nte,hde->nhdt", x, rows), self.turns.T).mT
 
     def _turned_back(self, states: Tensor) -> Tensor:
         """The transpose of the rotation: (n, heads, T, D) -> (n, heads, T, D)."""
-        return from_pairs(to_pairs(states.mT) * self.turns.T.conj()).mT
+        return self._turn(states.mT, self.turns.T.conj()).mT
+
+    def _turn(self, rows: Tensor, turns: Tensor) -> Tensor:
+        """Turn the first rows of (..., D, T) by (F, T); the others have no rotary embedding."""
+        R = 2 * len(turns)
+        return torch.cat([from_pairs(to_pairs(rows[..., :R, :]) * turns), rows[..., R:, :]], -2)
+
+
+def _attention(scores: Tensor, where: Positions, sinks: Tensor | None) -> Tensor:
+    """The attention of scores (n, heads, T, T); what goes to the sinks is missing from its rows."""
+    if where.softcap:
+        scores = where.softcap * (scores / where.softcap).tanh()
+    scores = scores.masked_fill(~where.visible, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1)
+    beside = sinks.to(scores.dtype).flatten()[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
 
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], wanted: Tensor, steps: int) -> Tensor:

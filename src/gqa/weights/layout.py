@@ -5,12 +5,13 @@ Letters: H KV heads, G queries per KV head, D head dim of q and k, Dv head dim o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -25,14 +26,22 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class TensorSource(Protocol):
     """What tensors are read from: a Checkpoint, or several files seen as one."""
 
-    def __contains__(self, name: object) -> bool: ...
+    def __contains__(self, name: object, /) -> bool: ...
 
     def read(self, name: str) -> torch.Tensor: ...
 
 
+class TensorsInMemory(dict[str, torch.Tensor]):
+    """A TensorSource of tensors that are in memory."""
+
+    def read(self, name: str) -> torch.Tensor:
+        return self[name]
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The projections of one attention, as torch.nn.Linear holds them: weight (out, in), bias (out,) or None."""
+    """The projections of one attention, as torch.nn.Linear holds them: weight (out, in), bias (out,) or None; and
+    what else belongs to a head."""
 
     q: torch.Tensor  # (H*G*D, hidden)
     k: torch.Tensor  # (H*D, hidden)
@@ -42,20 +51,46 @@ class AttentionWeights:
     k_bias: torch.Tensor | None = None  # (H*D,)
     v_bias: torch.Tensor | None = None  # (H*Dv,)
     o_bias: torch.Tensor | None = None  # (hidden,)
+    q_norm: torch.Tensor | None = None  # (D,), (H*G*D,) or (H*G, D): see Norm
+    k_norm: torch.Tensor | None = None  # (D,), (H*D,) or (H, D)
+    sinks: torch.Tensor | None = None  # (H*G,)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of queries and keys between projection and rotary embedding.
+
+    kind: `rms`, or `layer` (which also takes off the mean). over: `head`, each head by itself, or `width`, all heads
+    as one vector. shared: all heads have one weight (D,). The norm multiplies by the stored weight plus `offset`.
+    """
+
+    kind: Literal["rms", "layer"]
+    over: Literal["head", "width"]
+    shared: bool
+    offset: int = 0
+    optional: bool = False  # only some checkpoints have it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One architecture. `rotary` says which pairs a frequency f turns: "half" is (f, f + D/2)."""
+    """One architecture. The meaning of every key is told in docs/ARCHITECTURES.md."""
 
     model_type: str
-    rotary: str
+    rotary: Literal["half", "interleaved", "none"]  # which rows of a head make the pair that a frequency turns
     embedding: str  # the tensor that turns token ids into the first hidden states
     layer: str
     modules: Mapping[str, str]  # role (q, k, v, o) -> module within the layer
     untouched: tuple[str, ...]
     shapes: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
+    norm: Norm | None = None
+    positions: str | None = None  # the tensor of learned positions, added to the embeddings
+    stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """The tensors that make the hidden states before the first layer."""
+        return (self.embedding,) if self.positions is None else (self.embedding, self.positions)
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with: `model.layers.3.`"""
@@ -63,13 +98,42 @@ class Layout:
 
     def tensor_name(self, layer: int, field: str) -> str:
         """The tensor of a field of AttentionWeights: `k` -> `....k_proj.weight`, `k_bias` -> `....k_proj.bias`."""
+        if field in self.modules and field not in "qkvo":
+            suffix = "" if field == "sinks" else ".weight"
+            return f"{self.layer_prefix(layer)}{self.modules[field]}{suffix}"
         role, _, bias = field.partition("_")
         return f"{self.layer_prefix(layer)}{self.modules[role]}.{bias or 'weight'}"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of AttentionWeights that this architecture may have."""
+        return tuple(field for field in _FIELDS if field not in _EXTRAS or field in self.modules)
 
     @property
     def attention_path(self) -> str:
         """The attention module within a layer: `self_attn`."""
         return self.modules["q"].rpartition(".")[0]
+
+    def changing(self, layer: int, *, pooled: bool) -> list[str]:
+        """The tensors of a layer that a conversion may change; one that only pools leaves queries and output alone."""
+        kept = {"q", "q_bias", "o", "o_bias", "q_norm", "sinks"} if pooled else set()
+        if pooled and self.norm is not None and self.norm.shared:
+            kept.add("k_norm")
+        return list(dict.fromkeys(self.tensor_name(layer, field) for field in self.fields if field not in kept))
+
+    def as_module(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A layer's tensors, named without its prefix, as transformers' module holds them: experts that lie one by one
+        in the checkpoint are one tensor there (experts, out, in), those of several projections one above the other."""
+        rest = dict(tensors)
+        for target, templates in self.stacked.items():
+            experts = []
+            while (names := [template.format(expert=len(experts)) for template in templates])[0] in rest:
+                experts.append(torch.cat([rest.pop(name) for name in names]))
+                if names == list(templates):  # renamed, not stacked
+                    break
+            if experts:
+                rest[target] = experts[0] if templates[0].format(expert=0) == templates[0] else torch.stack(experts)
+        return rest
 
     def read_attention(self, checkpoint: TensorSource, layer: int) -> AttentionWeights:
         """Read a layer's projections in the dtype they are stored in; only these tensors are in memory.
@@ -77,9 +141,9 @@ class Layout:
         Raises GqaError for a missing tensor, one that is not floating point, and NaN or infinite values.
         """
         tensors: dict[str, torch.Tensor | None] = {}
-        for field in _FIELDS:
+        for field in self.fields:
             name = self.tensor_name(layer, field)
-            if field.endswith("_bias") and name not in checkpoint:
+            if field not in "qkvo" and name not in checkpoint:
                 tensors[field] = None
                 continue
             tensor = checkpoint.read(name)
@@ -90,7 +154,7 @@ class Layout:
 
     def attention_tensors(self, layer: int, weights: AttentionWeights) -> dict[str, torch.Tensor]:
         """The same projections under the names of the checkpoint; absent biases are left out."""
-        named = {self.tensor_name(layer, field): getattr(weights, field) for field in _FIELDS}
+        named = {self.tensor_name(layer, field): getattr(weights, field) for field in self.fields}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def attention_shapes(self, shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
@@ -103,8 +167,14 @@ class Layout:
             "o": shape.hidden,
         }
         columns = {**dict.fromkeys("qkv", shape.hidden), "o": heads.query_heads * heads.v_head_dim}
-        sizes = {role: (rows[role], columns[role]) for role in rows} | {f"{r}_bias": (rows[r],) for r in rows}
-        return {self.tensor_name(layer, field): size for field, size in sizes.items()}
+        sizes: dict[str, tuple[int, ...]] = {role: (rows[role], columns[role]) for role in rows}
+        sizes |= {f"{role}_bias": (rows[role],) for role in rows} | {"sinks": (heads.query_heads,)}
+        for role, count in (("q", heads.query_heads), ("k", heads.kv_heads)):
+            if self.norm is not None and self.norm.over == "width":
+                sizes[f"{role}_norm"] = (rows[role],)
+            elif self.norm is not None:
+                sizes[f"{role}_norm"] = (heads.head_dim,) if self.norm.shared else (count, heads.head_dim)
+        return {self.tensor_name(layer, field): sizes[field] for field in self.fields}
 
     def check(self, checkpoint: Checkpoint, shape: ModelShape) -> None:
         """Compare every tensor this layout knows with the configuration: names, shapes, dtypes.
@@ -116,10 +186,11 @@ class Layout:
         for layer in range(len(shape.layers)):
             projections = self.attention_shapes(shape, layer)
             expected |= projections
+            required = {self.tensor_name(layer, field) for field in self.fields if self._is_required(field)}
             for name in projections:
                 if name in checkpoint and checkpoint.dtype(name) not in _FLOATS:
                     raise GqaError(f"tensor {name} is not floating point", got=checkpoint.entry(name).dtype)
-                if name.endswith(".weight") and name not in checkpoint:
+                if name in required and name not in checkpoint:
                     raise GqaError(
                         f"the checkpoint has no tensor {name}",
                         got=f"{len(checkpoint.names)} tensors in {checkpoint.folder}",
@@ -139,6 +210,11 @@ class Layout:
                     got=list(checkpoint.shape(name)),
                     allowed=f"{list(size)}, as config.json says",
                 )
+
+    def _is_required(self, field: str) -> bool:
+        if field.endswith("_norm"):
+            return self.norm is not None and not self.norm.optional
+        return not field.endswith("_bias")
 
     def _refuse_unknown(self, checkpoint: Checkpoint, layer: int, known: Mapping[str, object]) -> None:
         prefix = self.layer_prefix(layer)
@@ -160,40 +236,59 @@ class Layout:
 
 
 _FIELDS = tuple(AttentionWeights.__dataclass_fields__)
+# Roles in a layout file -> fields of AttentionWeights. Some architectures have the first four alone.
+_ROLES = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "output": "o",
+    "query_norm": "q_norm",
+    "key_norm": "k_norm",
+    "sinks": "sinks",
+}
+_EXTRAS = ("q_norm", "k_norm", "sinks")
 
 
-def load_layout(model_type: str) -> Layout:
-    """The layout of a `model_type` of config.json. GqaError names the known ones, and why some cannot be."""
-    layouts = _layouts()
-    if model_type in layouts:
-        return layouts[model_type]
+def load_layout(model_type: str, config: Mapping[str, object] | None = None) -> Layout:
+    """The layout of a `model_type` of config.json. GqaError names the known ones, and why some cannot be.
+
+    config: the raw config of the text decoder, which decides the notes that not every model needs.
+    """
+    tables = _tables()
+    if model_type in tables:
+        return _layout(model_type, tables[model_type], config or {})
     unsupported = tomllib.loads(_data().joinpath("unsupported.toml").read_text(encoding="utf-8"))
     if model_type in unsupported:
-        raise GqaError(
-            f"{model_type} cannot have fewer KV heads: {unsupported[model_type]}", allowed=", ".join(layouts)
-        )
-    raise GqaError("an unknown architecture", got=f"model_type {model_type!r}", allowed=", ".join(layouts))
+        raise GqaError(f"{model_type} cannot have fewer KV heads: {unsupported[model_type]}", allowed=", ".join(tables))
+    raise GqaError("an unknown architecture", got=f"model_type {model_type!r}", allowed=", ".join(tables))
+
+
+def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, object]) -> Layout:
+    attention = table["attention"]
+    notes_if: Mapping[str, str] = table.get("notes_if", {})
+    return Layout(
+        model_type=model_type,
+        rotary=attention["rotary"],
+        embedding=table["embedding"],
+        layer=attention["layer"],
+        modules={field: attention[role] for role, field in _ROLES.items() if role in attention},
+        untouched=tuple(attention["untouched"]),
+        shapes={name: tuple(dimensions) for name, dimensions in table["shapes"].items()},
+        notes=(*table["notes"], *(note for key, note in notes_if.items() if config.get(key))),
+        norm=Norm(**attention["norm"]) if "norm" in attention else None,
+        positions=table.get("positions"),
+        stacked={name: tuple(parts) for name, parts in table.get("stacked", {}).items()},
+    )
 
 
 @functools.cache
-def _layouts() -> dict[str, Layout]:
-    found: dict[str, Layout] = {}
+def _tables() -> dict[str, dict[str, Any]]:
+    """model_type -> the layout file that describes it."""
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(_data().joinpath("layouts").iterdir(), key=lambda file: file.name):
-        if not file.name.endswith(".toml"):
-            continue
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-        attention = table["attention"]
-        for model_type in table["model_types"]:
-            found[model_type] = Layout(
-                model_type=model_type,
-                rotary=attention["rotary"],
-                embedding=table["embedding"],
-                layer=attention["layer"],
-                modules={role[0]: attention[role] for role in ("query", "key", "value", "output")},
-                untouched=tuple(attention["untouched"]),
-                shapes={name: tuple(dimensions) for name, dimensions in table["shapes"].items()},
-                notes=tuple(table["notes"]),
-            )
+        if file.name.endswith(".toml"):
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            found |= dict.fromkeys(table["model_types"], table)
     return found
 
 
