@@ -97,6 +97,24 @@ def test_fake_tensors_have_the_real_shapes_and_strides(impl, dtype):
 
 
 @both
+def test_fake_gradients_have_the_real_strides(impl):
+    """Heads behind tokens in memory, as projections leave them."""
+    leaves = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(impl)]
+    out, lse = gqa.attention(*leaves, return_lse=True, impl=impl)
+    backward = getattr(torch.ops.gqa, f"{impl}_backward").default
+    offsets = [None, None] if impl == "triton" else []
+
+    def gradients(q, k, v, out, lse):
+        return backward(q, k, v, out, lse, out, None, False, 2, None, None, 0.3, None, None, None, None, None, *offsets)
+
+    real = gradients(*leaves, out, lse)
+    with FakeTensorMode() as mode:
+        fake = gradients(*map(mode.from_tensor, (*leaves, out, lse)))
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@both
 def test_inference_mode_gives_the_same(impl):
     q, k, v = qkv(impl)
     want = gqa.attention(q, k, v, impl=impl)
