@@ -22,17 +22,18 @@ from gqa.convert.job import Job
 from gqa.convert.merge import METHODS
 from gqa.convert.recipe import Recipe
 from gqa.convert.stored import as_stored
-from gqa.weights.layout import AttentionWeights
+from gqa.weights.layout import AttentionWeights, Layout
 
 # Layers that are computed before they are asked for: one, as each takes less time than the copying between two.
 _AHEAD = 1
 
 
-def pool(weights: AttentionWeights, shape: LayerShape, recipe: Recipe, layer: int) -> AttentionWeights:
+def pool(weights: AttentionWeights, shape: LayerShape, layout: Layout, recipe: Recipe, layer: int) -> AttentionWeights:
     """The layer with K and V of `recipe.kv_heads` heads, each made of r = H / kv_heads neighbours.
 
     One group at a time, in float32 for tensors of 16 bits (whose sums of r it holds to 2^-24) and in float64 for
-    wider ones. The same layer gives the same numbers whenever it is asked for.
+    wider ones. The same layer gives the same numbers whenever it is asked for. Heads with norm factors of their own
+    share them as they do keys.
     """
     generator = torch.Generator().manual_seed(layer_seed(recipe, layer))
     keys = _rows(weights.k, weights.k_bias, shape.kv_heads)
@@ -56,6 +57,7 @@ def pool(weights: AttentionWeights, shape: LayerShape, recipe: Recipe, layer: in
         v=joined("v", slice(0, hidden), weights.v),
         k_bias=None if weights.k_bias is None else joined("k", hidden, weights.k_bias),
         v_bias=None if weights.v_bias is None else joined("v", hidden, weights.v_bias),
+        k_norm=_norm(weights.k_norm, shape, layout, recipe),
     )
 
 
@@ -110,10 +112,20 @@ class PooledLayers:
     def _compute(self, layer: int) -> dict[str, Tensor]:
         job = self.job
         weights = job.layout.read_attention(job.checkpoint, layer)
-        pooled = job.layout.attention_tensors(layer, pool(weights, job.parent.layers[layer], job.recipe, layer))
-        tensors = {entry.name: as_stored(job, entry.name, pooled[entry.name]) for entry in job.changes[layer]}
+        pooled = pool(weights, job.parent.layers[layer], job.layout, job.recipe, layer)
+        named = job.layout.attention_tensors(layer, pooled)
+        tensors = {entry.name: as_stored(job, entry.name, named[entry.name]) for entry in job.changes[layer]}
         assert all(tuple(tensors[entry.name].shape) == entry.shape for entry in job.changes[layer])
         return tensors
+
+
+def _norm(factors: Tensor | None, shape: LayerShape, layout: Layout, recipe: Recipe) -> Tensor | None:
+    """The keys' norm factors, of which there are (H*D,) or (H, D), or (D,) for all heads."""
+    if factors is None or layout.norm is None or layout.norm.shared:
+        return factors
+    groups = factors.view(recipe.kv_heads, shape.kv_heads // recipe.kv_heads, -1)
+    shared = groups[:, 0] if recipe.method == "first" else groups.double().mean(1).to(factors.dtype)
+    return shared.reshape(-1, *factors.shape[1:])
 
 
 def _rows(weight: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
