@@ -66,11 +66,12 @@ def test_int8_has_rows_of_its_own_in_decode_only() -> None:
     assert tile("forward", 80, 64, 64, FP32, INT8, 64) == table()[Place("forward", 80, 64, "32")]
 
 
-def test_a_mask_halves_what_the_backward_streams() -> None:
-    for kernel, streamed in (("backward_rows", "block_keys"), ("backward_keys", "block_rows")):
+def test_a_mask_halves_what_is_streamed() -> None:
+    streams = {"forward": "block_keys", "backward_rows": "block_keys", "backward_keys": "block_rows"}
+    for kernel, streamed in streams.items():
         for head_dim, dtype in ((128, BF16), (256, FP32)):
             plain = tile(kernel, 90, head_dim, head_dim, dtype, dtype, 999)
             masked = tile(kernel, 90, head_dim, head_dim, dtype, dtype, 999, masked=True)
             assert getattr(masked, streamed) == max(16, getattr(plain, streamed) // 2)
             assert (masked.warps, masked.stages) == (plain.warps, plain.stages)
-    assert tile("forward", 90, 128, 128, BF16, BF16, 9, masked=True) == tile("forward", 90, 128, 128, BF16, BF16, 9)
+    assert tile("decode", 90, 128, 128, BF16, BF16, 9, masked=True) == tile("decode", 90, 128, 128, BF16, BF16, 9)

@@ -67,10 +67,11 @@ def tile(
     head_dim, v_head_dim: D and Dv, at most 256
     rows: packed rows of a KV head, T * G; only "decode" looks at them: of DECODE_ROWS its tile has the least that holds
           them, and no more than its row of the table says
-    masked: whether there is a mask; in the backward its scores take registers, so half as much is streamed at a time
+    masked: whether there is a mask; its numbers take registers, so that half as much is streamed at a time, but in
+          "decode", whose scores are few
     """
     found = table()[place(kernel, capability, head_dim, v_head_dim, dtype, kv_dtype)]
-    if masked and kernel == "backward_rows":
+    if masked and kernel in ("forward", "backward_rows"):
         return dataclasses.replace(found, block_keys=max(16, found.block_keys // 2))
     if masked and kernel == "backward_keys":
         return dataclasses.replace(found, block_rows=max(16, found.block_rows // 2))
