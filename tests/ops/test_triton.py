@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from ops.core_calls import CORE, random_call
 from ops.every_call import FLOATS, LAYOUTS, every_call, laid_out
+from ops.extremes import EXTREMES, assert_finite_extremes
 from ops.packed import assert_packed_precise, packed_call
 from ops.precision import assert_precise
 from ops.triton_device import DEVICE, moved, there
@@ -53,6 +54,11 @@ def test_any_layout_gives_the_same_bits(which, layout):
     tensors[which] = laid_out(tensors[which], layout)
     q, k, v = map(moved, tensors)
     assert torch.equal(gqa.attention(q, k, v, impl="triton", causal=True), want)
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_masks_of_finite_extremes(value):
+    assert_finite_extremes(value, impl="triton", device=DEVICE)
 
 
 @pytest.mark.parametrize("T", [1, 70])

@@ -105,8 +105,8 @@ def plan_backward(
         "HEAD_DIM": D, "V_HEAD_DIM": Dv, "DIMS": gpu.padded(D), "V_DIMS": gpu.padded(Dv),
         "PRECISION": gpu.precision(q.dtype, D, Dv),
     }  # fmt: skip
-    rows = tile("backward_rows", capability, D, Dv, q.dtype, k.dtype, T * group)
-    keys = tile("backward_keys", capability, D, Dv, q.dtype, k.dtype, T * group)
+    rows = tile("backward_rows", capability, D, Dv, q.dtype, k.dtype, T * group, masked=mask is not None)
+    keys = tile("backward_keys", capability, D, Dv, q.dtype, k.dtype, T * group, masked=mask is not None)
     row_tiles, key_tiles = -(-T * group // rows.block_rows), -(-S // keys.block_keys)
     if q_offsets is not None:  # the last tile of each sequence may be partly filled
         row_tiles, key_tiles = row_tiles + q_offsets.shape[0] - 1, key_tiles + q_offsets.shape[0] - 1

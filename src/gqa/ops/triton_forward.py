@@ -177,6 +177,9 @@ def attend(
                 )  # fmt: skip
                 masked = tl.load(masked_at, mask=row_held[:, None] & held[None, :], other=0)
                 if mask.dtype.element_ty == tl.float32:
+                    # The largest numbers, as models have them in masks, stay finite in base 2.
+                    bounded = tl.minimum(tl.maximum(masked, -1e38), 1e38)
+                    masked = tl.where(masked == float("-inf"), masked, bounded)
                     scores = scores * (factor / LOG2_E) + masked
                     factor = LOG2_E
                 else:
