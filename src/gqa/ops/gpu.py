@@ -150,7 +150,7 @@ def plan_forward(
 
     rows = T * group
     few = rows <= FEW_ROWS and q_offsets is None
-    shape = tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows)
+    shape = tile("decode" if few else "forward", capability, D, Dv, q.dtype, k.dtype, rows, masked=mask is not None)
     tiles = -(-rows // shape.block_rows)
     splits = 1
     if q_offsets is not None:
