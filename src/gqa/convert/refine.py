@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gqa.convert.calibrate import BATCH, Block
 from gqa.convert.muon import Muon
+from gqa.convert.states import States
 from gqa.progress import Progress, silent
 
 # Ridge of the refit, as a share of the mean energy of what W_o is given: ties directions that the text does not
@@ -20,17 +21,17 @@ _RIDGE = 1e-4
 
 
 @torch.no_grad()
-def output_error(block: Block, inputs: Tensor, targets: Tensor) -> float:
+def output_error(block: Block, inputs: States, targets: States) -> float:
     """Relative mean squared error of the attention's output: sum |o - y|^2 / sum |y|^2 over (N, T, d)."""
-    wrong = sum(
-        float((block.attend(x) - y).double().square().sum())
-        for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
-    )
-    return wrong / max(float(targets.double().square().sum()), 1e-300)
+    wrong = whole = 0.0
+    for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True):
+        wrong += float((block.attend(x) - y).double().square().sum())
+        whole += float(y.double().square().sum())
+    return wrong / max(whole, 1e-300)
 
 
 @torch.no_grad()
-def refit(block: Block, inputs: Tensor, targets: Tensor) -> None:
+def refit(block: Block, inputs: States, targets: States) -> None:
     """Replace W_o by the ridge regression of the parent's attention output on what the child's W_o is given:
 
     minimise sum |W_o z + b - y|^2 + r |W_o - W_o,old|^2 with z (m,), y (d,), r = 1e-4 * E|z|^2 / m * tokens.
@@ -57,8 +58,8 @@ def refit(block: Block, inputs: Tensor, targets: Tensor) -> None:
 
 def refine(
     block: Block,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: States,
+    targets: States,
     *,
     steps: int,
     learning_rate: float,
