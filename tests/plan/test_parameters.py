@@ -60,6 +60,7 @@ CASES = {
     "phi3": ("phi3", WIDE | {"pad_token_id": 0}),
     "starcoder2": ("starcoder2", WIDE),
     "starcoder2, no biases": ("starcoder2", WIDE | {"use_bias": False}),
+    "cohere": ("cohere", WIDE | {"pad_token_id": 0}),
     "olmo2": ("olmo2", WIDE | {"pad_token_id": 0}),
     "granite": ("granite", WIDE),
     "gpt_oss": ("gpt_oss", GROUPED | {"num_local_experts": 4}),

@@ -95,7 +95,7 @@ def test_weights_that_are_not_numbers(tmp_path, value):
 def test_unknown_architectures_name_the_known_ones():
     with pytest.raises(GqaError, match="unknown architecture") as caught:
         load_layout("retnet")
-    assert caught.value.allowed == "llama, mistral, qwen2"
+    assert {"llama", "mistral", "qwen2", "gpt_oss"} <= set(str(caught.value.allowed).split(", "))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gptj", "gpt_neox", "bloom"])
@@ -104,10 +104,36 @@ def test_architectures_without_kv_heads_are_refused_with_the_reason(model_type):
         load_layout(model_type)
 
 
+_ALWAYS = {"model_types", "notes", "embedding", "attention", "shapes"}
+_SOMETIMES = {"notes_if", "stacked", "positions", "eager"}
+_ROLES = {"layer", "query", "key", "value", "output", "rotary", "untouched"}
+_MORE_ROLES = {"query_norm", "key_norm", "sinks", "norm"}
+
+
 def test_layout_files_say_everything():
     for file in layouts._data().joinpath("layouts").iterdir():
         table = tomllib.loads(file.read_text(encoding="utf-8"))
-        assert set(table) == {"model_types", "notes", "embedding", "attention", "shapes"}
-        assert table["attention"]["rotary"] == "half"
+        assert set(table) - _SOMETIMES == _ALWAYS, file.name
+        assert set(table["attention"]) - _MORE_ROLES == _ROLES, file.name
+        assert table["attention"]["rotary"] in ("half", "interleaved", "none")
         for model_type in table["model_types"]:
             assert dataclasses.is_dataclass(load_layout(model_type))
+
+
+def test_notes_that_only_some_models_need():
+    assert not load_layout("cohere").notes
+    assert "layer norm" in load_layout("cohere", {"use_qk_norm": True}).notes[0]
+    assert not load_layout("olmo", {"clip_qkv": None}).notes
+
+
+def test_experts_are_stacked_as_transformers_holds_them():
+    def expert(index, part):
+        return torch.full((2, 3), 10.0 * index + part)
+
+    name = "block_sparse_moe.experts.{}.w{}.weight"
+    tensors = {name.format(i, part): expert(i, part) for i in range(3) for part in (1, 2, 3)}
+    got = load_layout("mixtral").as_module({**tensors, "block_sparse_moe.gate.weight": torch.ones(3, 4)})
+    assert set(got) == {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert got["mlp.experts.gate_up_proj"].shape == (3, 4, 3)
+    assert got["mlp.experts.gate_up_proj"][1, :, 0].tolist() == [11, 11, 13, 13]
+    assert got["mlp.experts.down_proj"][2, 0, 0] == 22

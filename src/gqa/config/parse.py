@@ -246,7 +246,7 @@ class _Parser:
 
     def details(self) -> Details | None:
         facts = self.facts
-        if not facts:
+        if "gated" not in facts:
             return None
 
         def holds(field: str) -> bool:

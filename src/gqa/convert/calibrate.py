@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gqa.config import LayerShape
 from gqa.config.parse import LAYERS
 from gqa.convert.scores import Positions
+from gqa.convert.states import States
 
 # Windows per forward pass: enough to fill two cores, small enough for any hidden size.
 BATCH = 8
@@ -32,7 +33,8 @@ class Block:
     """Decoder block `layer` of the model that `config` (a raw config.json) describes, with these weights.
 
     `tensors` are the block's, named as in the checkpoint without the layer's prefix
-    (`self_attn.q_proj.weight`); `layer_path` and `attention_path` say where block and attention sit.
+    (`self_attn.q_proj.weight`); `layer_path` and `attention_path` say where block and attention sit; `eager` that
+    torch's own attention is not enough for this architecture.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Block:
         attention_path: str,
         output_path: str,
         dtype: torch.dtype,
+        eager: bool = False,
     ) -> None:
-        model = _hollow_model(config, layer, dtype)
+        model = _hollow_model(config, layer, dtype, "eager" if eager else "sdpa")
         self.decoder: nn.Module = model.base_model
         self.block: nn.Module = model.get_submodule(layer_path)
         self.attention: nn.Module = self.block.get_submodule(attention_path)
@@ -123,7 +126,7 @@ def first_hidden(
 ) -> Tensor:
     """Hidden states before the first block: token ids (N, T) -> (N, T, d), scaled and with positions where the model
     has them. tensors: the embeddings, named as in the checkpoint."""
-    model = _hollow_model(config, 0, dtype)
+    model = _hollow_model(config, 0, dtype, "eager")
     embeddings = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(embeddings, strict=False, assign=True).unexpected_keys
     assert not unexpected, f"the model has no {unexpected}"
@@ -133,7 +136,7 @@ def first_hidden(
     return torch.cat([_caught(block, decoder, input_ids=batch)[0] for batch in tokens.split(BATCH)])
 
 
-def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype) -> Any:
+def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The model with block `layer` alone, in the place of the first; no parameter takes memory yet."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -146,7 +149,7 @@ def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype) -> 
     single |= {"layer_types": [kinds[layer]]} if kinds else {}
     single_config = AutoConfig.for_model(str(single.pop("model_type")), **single)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(single_config, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(single_config, attn_implementation=attention, dtype=dtype)
     model.eval()
     for module in model.base_model.children():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
@@ -182,7 +185,7 @@ def _angles(part: Tensor, pairs: int) -> Tensor:
     return part
 
 
-def second_moment(inputs: Tensor, *, biased: bool) -> Tensor:
+def second_moment(inputs: States, *, biased: bool) -> Tensor:
     """E[x xT] in float64 over all tokens: (N, T, d) -> (E, E); with biases x has a last entry of 1."""
     count, d = inputs.shape[0] * inputs.shape[1], inputs.shape[-1]
     moment = torch.zeros(d + biased, d + biased, dtype=torch.float64)

@@ -6,7 +6,8 @@ before it have lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gqa.convert import grouping, heads, refine, scores
 from gqa.convert.calibrate import BATCH, Block, first_hidden, second_moment
 from gqa.convert.merge import METHODS
 from gqa.convert.recipe import Recipe
+from gqa.convert.states import States, Store, head
 from gqa.progress import Progress, silent
 from gqa.weights.layout import AttentionWeights, Layout, TensorsInMemory
 from gqa.weights.reader import Checkpoint
@@ -32,7 +34,9 @@ _NO_SCORES = "W_q and W_k: between them and the scores stands a norm, or ALiBi"
 class Engine:
     """`convert(layer)` for every layer in order; `replay(layer, weights)` for those that a former run finished.
 
-    `windows` (N, T) are token ids of calibration text, or None for a data-free conversion.
+    `windows` (N, T) are token ids of calibration text, or None for a data-free conversion. Its activations are kept
+    in memory, or in files of the folder `states`. `at` is the layer that comes next: 0, or `finished`, the count of
+    layers that a former run has converted, if it left the activations before that layer there.
     """
 
     def __init__(
@@ -43,18 +47,27 @@ class Engine:
         recipe: Recipe,
         windows: np.ndarray | None,
         progress: Progress = silent,
+        states: Path | None = None,
+        finished: int = 0,
     ) -> None:
         self.checkpoint, self.layout, self.recipe, self.progress = checkpoint, layout, recipe, progress
         self.parent_config = dict(config)
         self.child_config = child_config(config, recipe.kv_heads)
         self.shapes = parse_config(config, layout.model_type).layers
-        self.hidden: tuple[Tensor, Tensor] | None = None  # before the next layer: the parent's, the child's
+        self.hidden: tuple[States, ...] = ()  # before the next layer: the parent's, the child's
+        self.at = 0
+        self._others: tuple[int, dict[str, Tensor]] = (-1, {})
+        # float64 checkpoints stay exact; everything else is calibrated in float32.
+        self.dtype = torch.float64 if checkpoint.dtype(layout.embedding) == torch.float64 else torch.float32
         if windows is not None and (recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens):
-            before = {name: checkpoint.read_finite(name) for name in layout.before}
-            # float64 checkpoints stay exact; everything else is calibrated in float32.
-            self.dtype = torch.float64 if before[layout.embedding].dtype == torch.float64 else torch.float32
-            embedded = first_hidden(config, before, windows, layer_path=self._layer_path, dtype=self.dtype)
-            self.hidden = (embedded, embedded)
+            self.store = Store(states)
+            shape = torch.Size((*windows.shape, checkpoint.shape(layout.embedding)[1]))
+            self.hidden = self.store.before(finished, ("parent", "child"), shape, self.dtype) if finished else ()
+            if self.hidden:
+                self.at = finished
+            else:
+                embedded = self._embedded(windows)
+                self.hidden = (embedded, embedded)
 
     def convert(self, layer: int) -> tuple[AttentionWeights, dict[str, Any]]:
         """The child's attention of this layer, and a report: the groups and, with calibration text, the relative mean
@@ -63,14 +76,14 @@ class Engine:
         shape = self.shapes[layer]
         parent = heads.split(weights, shape, self.layout)
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + layer)
-        if self.hidden is None:
+        if not self.hidden:
             child, groups = self._merge(parent, None, generator, ordered=shape.alibi)
             return heads.join(child, weights, shape, self.layout), {"layer": layer, "groups": groups}
 
         parent_hidden, child_hidden = self.hidden
         block = self._block(layer, self.parent_config, weights)
-        targets = _attention_output(block, block.attention_input(parent_hidden))
-        inputs = block.attention_input(child_hidden)
+        targets = self._keep("targets", _attention_output(block, parent_hidden))
+        inputs = self._keep("inputs", map(block.attention_input, child_hidden.split(BATCH)))
         moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
         child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
@@ -81,18 +94,19 @@ class Engine:
             some = slice(0, max(1, scores.SCORE_TOKENS // inputs.shape[1]))
             parent_inputs = block.attention_input(parent_hidden[some])
             child = self._refit_scores(
-                child, parent, groups, inputs[some], parent_inputs, block.positions(inputs, shape)
+                child, parent, groups, inputs[some], parent_inputs, block.positions(inputs[:1], shape)
             )
         student = self._block(layer, self.child_config, heads.join(child, weights, shape, self.layout))
+        del parent, child, moment  # float64, and not needed any more
         if self.recipe.refit:
             refine.refit(student, inputs, targets)
         report["closed_form_error"] = report["output_error"] = refine.output_error(student, inputs, targets)
         if self.recipe.refine_tokens:
-            some = slice(0, max(BATCH, self.recipe.refine_tokens // inputs.shape[1]))
+            some = max(BATCH, self.recipe.refine_tokens // inputs.shape[1])
             refine.refine(
                 student,
-                inputs[some],
-                targets[some],
+                head(inputs, some),
+                head(targets, some),
                 steps=self.recipe.refine_steps,
                 learning_rate=self.recipe.refine_learning_rate,
                 generator=generator,
@@ -102,16 +116,32 @@ class Engine:
             refine.refit(student, inputs, targets)
             report["output_error"] = refine.output_error(student, inputs, targets)
         converted = self._as_stored(layer, self._attention_of(layer, student))
-        self.replay(layer, converted)
+        del student, inputs, targets
+        self._advance(layer, block, self._block(layer, self.child_config, converted))
         return converted, report
 
     def replay(self, layer: int, weights: AttentionWeights) -> None:
         """Advance the calibration activations through a layer that is converted already."""
-        if self.hidden is not None:
-            parent_hidden, child_hidden = self.hidden
+        if self.hidden:
             block = self._block(layer, self.parent_config, self.layout.read_attention(self.checkpoint, layer))
-            student = self._block(layer, self.child_config, weights)
-            self.hidden = (block.forward(parent_hidden), student.forward(child_hidden))
+            self._advance(layer, block, self._block(layer, self.child_config, weights))
+
+    def _advance(self, layer: int, block: Block, student: Block) -> None:
+        parent_hidden, child_hidden = self.hidden
+        after = {
+            "parent": map(block.forward, parent_hidden.split(BATCH)),
+            "child": map(student.forward, child_hidden.split(BATCH)),
+        }
+        self.store.forget_before(layer - 1)
+        self.hidden = self.store.keep_before(layer + 1, after, len(parent_hidden))
+        self.at = layer + 1
+
+    def _keep(self, name: str, batches: Iterable[Tensor]) -> States:
+        return self.store.keep(name, batches, len(self.hidden[0]))
+
+    def _embedded(self, windows: np.ndarray) -> Tensor:
+        before = {name: self.checkpoint.read_finite(name) for name in self.layout.before}
+        return first_hidden(self.parent_config, before, windows, layer_path=self._layer_path, dtype=self.dtype)
 
     def _merge(
         self, parent: heads.Heads, moment: Tensor | None, generator: torch.Generator, *, ordered: bool
@@ -141,13 +171,12 @@ class Engine:
 
     def _block(self, layer: int, config: Mapping[str, Any], attention: AttentionWeights) -> Block:
         prefix = self.layout.layer_prefix(layer)
-        tensors = {
-            n.removeprefix(prefix): self.checkpoint.read_finite(n)
-            for n in self.checkpoint.names
-            if n.startswith(prefix)
-        }
-        attention_tensors = self.layout.attention_tensors(layer, attention)
-        tensors |= {n.removeprefix(prefix): tensor for n, tensor in attention_tensors.items()}
+        own = self.layout.attention_tensors(layer, attention)
+        if self._others[0] != layer:  # parent and child share what is not attention
+            names = [name for name in self.checkpoint.names if name.startswith(prefix) and name not in own]
+            self._others = (-1, {})  # before the next layer's come, not beside them
+            self._others = (layer, {name: self.checkpoint.read_finite(name).to(self.dtype) for name in names})
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in (own | self._others[1]).items()}
         return Block(
             config,
             layer,
@@ -156,6 +185,7 @@ class Engine:
             attention_path=self.layout.attention_path,
             output_path=self.layout.modules["o"],
             dtype=self.dtype,
+            eager=self.layout.eager,
         )
 
     @property
@@ -177,6 +207,7 @@ class Engine:
         return AttentionWeights(**fields)  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def _attention_output(block: Block, inputs: Tensor) -> Tensor:
-    return torch.cat([block.attend(batch) for batch in inputs.split(BATCH)])
+def _attention_output(block: Block, hidden: States) -> Iterator[Tensor]:
+    for batch in hidden.split(BATCH):
+        with torch.no_grad():
+            yield block.attend(block.attention_input(batch))

@@ -86,6 +86,7 @@ class Layout:
     norm: Norm | None = None
     positions: str | None = None  # the tensor of learned positions, added to the embeddings
     stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    eager: bool = False  # scores meet something that torch's own attention cannot do: soft caps, sinks
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -277,6 +278,7 @@ def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, obje
         notes=(*table["notes"], *(note for key, note in notes_if.items() if config.get(key))),
         norm=Norm(**attention["norm"]) if "norm" in attention else None,
         positions=table.get("positions"),
+        eager=table.get("eager", False),
         stacked={name: tuple(parts) for name, parts in table.get("stacked", {}).items()},
     )
 
