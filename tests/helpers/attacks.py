@@ -7,8 +7,9 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from helpers.checkpoints import random_windows
 
@@ -37,12 +38,20 @@ def everything(folder: Path) -> dict[str, tuple]:
     return found
 
 
-def refused(folder: Path, out: Path, said: str, recipe: Recipe = MEAN) -> GqaError:
+def refused(
+    folder: Path,
+    out: Path,
+    said: str,
+    recipe: Recipe = MEAN,
+    windows: np.ndarray | Literal["random"] | None = "random",
+) -> GqaError:
     """Convert, and see one error that says so in full, while everything around is left as it was."""
     place = folder.parent
     before = everything(place)
     with pytest.raises(GqaError, match=said) as caught:
-        convert(open_checkpoint(str(folder)), out, recipe, random_windows(recipe))
+        convert(
+            open_checkpoint(str(folder)), out, recipe, random_windows(recipe) if isinstance(windows, str) else windows
+        )
     assert everything(place) == before
     assert complete(caught.value)
     return caught.value

@@ -8,8 +8,9 @@ Letters: N windows · T tokens per window · d hidden size · E = d, or d + 1 wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gqa.config import LayerShape
 from gqa.config.parse import LAYERS
 from gqa.convert.scores import Positions
 from gqa.convert.states import States
+from gqa.errors import GqaError
 
 # Windows per forward pass: enough to fill two cores, small enough for any hidden size.
 BATCH = 8
@@ -136,6 +138,22 @@ def first_hidden(
     return torch.cat([_caught(block, decoder, input_ids=batch)[0] for batch in tokens.split(BATCH)])
 
 
+@contextlib.contextmanager
+def _told_of_the_config() -> Iterator[None]:
+    """What transformers and torch say of a configuration whose values make no sense to them, as the one error."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise GqaError(
+            "transformers makes no model of this config",
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            allowed="values as the architecture's configuration class takes them",
+        ) from None
+
+
+@_told_of_the_config()
 def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The model with block `layer` alone, in the place of the first; no parameter takes memory yet."""
     from accelerate import init_empty_weights

@@ -14,7 +14,7 @@ from gqa.convert.card import approximations, model_card
 from gqa.convert.job import Job
 from gqa.errors import GqaError
 from gqa.record import describe_versions, write_text_atomic
-from gqa.source import check_file
+from gqa.source import check_file, read_json
 from gqa.weights.header import DTYPE_BYTES, TensorEntry
 from gqa.weights.reader import INDEX, Checkpoint
 from gqa.weights.writer import write_index
@@ -128,9 +128,9 @@ def verify(job: Job, result: Path) -> None:
 def already_done(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The report of OUT if it is this same conversion, complete; else GqaError."""
     try:
-        document = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        document = read_json(out / REPORT, out)
         found, report = document["identity"], document["report"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (GqaError, KeyError):
         found, report = None, {}
     if found != json.loads(json.dumps(identity)):
         raise GqaError(

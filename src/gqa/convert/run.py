@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gqa.convert.assemble import write_shards
 from gqa.convert.engine import Engine
@@ -52,9 +53,9 @@ def convert(
     out = Path(out)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
-    identity = job.identify(windows)
     _refuse_out_in_source(out, job.folder)
     try:
+        identity = job.identify(windows)
         if os.path.lexists(out):
             report = already_done(out, identity)
             _tidy(out, identity)
@@ -89,15 +90,18 @@ def _work(
         report = describe(job, reports, identity, texts)
         write_text_files(job, journal.result, report, out, identity)
         verify(job, journal.result)
-        if job.checkpoint.modified() != modified:
-            raise GqaError(
-                "the source changed while it was converted",
-                got=job.folder,
-                hint="convert again",
-            )
+        job.checkpoint.check_unchanged()
     except GqaError:
         journal.discard()  # it would only fail in the same way again
         raise
+    except torch.linalg.LinAlgError as error:
+        journal.discard()
+        raise GqaError(
+            "the equations of a layer cannot be solved",
+            got=str(error).splitlines()[0],
+            allowed="weights, and hidden states on the text, whose squares are finite",
+            hint="--method mean looks at neither",
+        ) from None
     except OSError:
         if journal.empty:
             journal.discard()
@@ -109,9 +113,7 @@ def _work(
     return report
 
 
-def _convert_layers(
-    job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress
-) -> list[dict[str, Any]]:
+def _convert_layers(job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress) -> list[dict[str, Any]]:
     """Convert the layers that no former run finished, each into a file of its own. Returns the layers' reports."""
     total = len(job.changes)
     if len(journal.reports) == total:
@@ -152,8 +154,19 @@ def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
 
 
 def _refuse_out_in_source(out: Path, folder: Path) -> None:
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise GqaError("OUT lies within the source, which is never touched", got=out, hint="choose a place beside it")
+    source = os.path.realpath(folder)
+    for path in (out, work_folder(out)) if out.name else (out,):
+        try:
+            real = os.path.realpath(path)
+        except ValueError:  # a NUL in the name
+            raise GqaError("OUT is no name of a folder", got=ascii(str(out)), allowed="a path") from None
+        if Path(real).is_relative_to(source):
+            raise GqaError(
+                "OUT lies within the source, which is never touched",
+                got=out,
+                allowed="a place beside it",
+                hint="choose another OUT",
+            )
 
 
 def _tidy(out: Path, identity: Mapping[str, Any]) -> None:

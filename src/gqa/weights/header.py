@@ -176,6 +176,11 @@ def parse_unique(text: bytes) -> Any:
     return json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
 
 
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called this. Names end up in messages on a terminal, which obeys control characters."""
+    return name.isprintable() and len(name) <= _MAX_NAME
+
+
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
     if not header.startswith(b"{"):
         raise _broken(path, "a header that is not a table of tensors")
@@ -186,8 +191,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, value: Any, first: int) -> TensorEntry:
-    if not name.isprintable() or len(name) > _MAX_NAME:
-        # It would end up in messages on a terminal, which obeys control characters.
+    if not is_name(name):
         raise _broken(path, f"a tensor named {name[:80]!a}", f"at most {_MAX_NAME} printable characters")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"tensor {name} described by {_short(value)}", "dtype, shape and data_offsets")

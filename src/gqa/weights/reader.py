@@ -14,7 +14,7 @@ import torch
 from gqa.errors import GqaError
 from gqa.source import MAX_JSON_BYTES, check_file, read_json
 from gqa.weights.finite import all_finite
-from gqa.weights.header import Shard, TensorEntry, file_state, parse_unique, read_header
+from gqa.weights.header import Shard, TensorEntry, file_state, is_name, parse_unique, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -253,6 +253,8 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise _misplaced(name, file)
         if not file.isprintable() or len(file.encode()) > _MAX_FILE_NAME:
             raise _misplaced(name, file)
+        if not is_name(name):
+            raise _no_index(f"a tensor named {name[:80]!a}")
     missing = sorted({file for file in files.values() if not os.path.lexists(folder / file)})
     if missing:
         raise GqaError(
