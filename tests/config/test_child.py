@@ -89,6 +89,37 @@ def test_off_the_dial():
         child_config(PARENT, 3)
 
 
+FALCON = {
+    "model_type": "falcon",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 99,
+    "multi_query": False,
+}
+BIGCODE = {"model_type": "gpt_bigcode", "n_embd": 64, "n_layer": 2, "n_head": 8, "vocab_size": 99, "multi_query": False}
+
+
+@pytest.mark.parametrize("parent", [FALCON, BIGCODE], ids=["falcon", "gpt_bigcode"])
+def test_classes_that_know_one_kv_head_or_all(parent):
+    child = child_config(parent, 1)
+    assert child["multi_query"] is True
+    assert parse_config(child, "x") == parse_config(parent, "x").with_kv_heads(1)
+    assert child_config(child, 8)["multi_query"] is False
+    with pytest.raises(GqaError, match="knows one KV head or all") as caught:
+        child_config(parent, 2)
+    assert caught.value.allowed == "1, 8"
+
+
+def test_falcons_new_decoder_has_a_number_of_its_own():
+    new = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 4}
+    child = child_config(new, 2)
+    assert {key: child[key] for key in child if child[key] != new.get(key)} == {"num_kv_heads": 2}
+    assert "head_dim" not in child  # its class would refuse it
+    older = {key: value for key, value in new.items() if key != "num_kv_heads"} | {"n_head_kv": 4}
+    assert child_config(older, 2) == older | {"num_kv_heads": 2, "n_head_kv": 2}
+
+
 def test_transformers_reads_the_child_without_a_warning(tmp_path, caplog):
     from transformers import AutoConfig
 

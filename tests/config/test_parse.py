@@ -113,6 +113,32 @@ def test_v_heads_of_another_width():
     assert (layer.head_dim, layer.v_head_dim) == (8, 4)
 
 
+@pytest.mark.parametrize(
+    ("config", "dims"),
+    [
+        (LLAMA, None),
+        (LLAMA | {"partial_rotary_factor": 0.5}, 4),
+        (LLAMA | {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}}, 2),
+        (LLAMA | {"partial_rotary_factor": 1.0}, None),
+        (LLAMA | {"model_type": "phi"}, 4),
+        (LLAMA | {"model_type": "stablelm"}, 2),
+        (LLAMA | {"model_type": "stablelm", "partial_rotary_factor": 0.75}, 6),
+        (LLAMA | {"alibi": True}, 0),
+        (without("num_key_value_heads") | {"model_type": "gpt_bigcode", "multi_query": False}, 0),
+    ],
+)
+def test_how_much_of_a_head_the_rotary_embedding_turns(config, dims):
+    layer = parse_config(config, "x").layers[0]
+    assert layer.rotary_dim == dims
+    assert layer.alibi == config.get("alibi", False)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.5, True, "half", float("nan")])
+def test_strange_shares_of_rotary(factor):
+    with pytest.raises(GqaError, match="partial_rotary_factor in the config of x makes no sense"):
+        parse_config(LLAMA | {"partial_rotary_factor": factor}, "x")
+
+
 def test_experts():
     mixtral = parse_config(LLAMA | {"model_type": "mixtral", "num_local_experts": 4}, "x")
     assert mixtral.experts is not None

@@ -52,7 +52,7 @@ def recipe_of(kv_heads, method, *, calibrated):
 def test_copies_convert_back(tmp_path, name, calibrated):
     row = ROWS[name]
     grouped = tiny_model(row)
-    parent = as_scrambled_mha(grouped, turn=row.free)
+    parent = as_scrambled_mha(grouped, turn=row.free, shuffle=not row.settings.get("alibi"))
     wanted = logits(grouped)
     scale = wanted.std()
     assert (logits(parent) - wanted).abs().max() < row.error * scale  # the scrambling is free
@@ -68,7 +68,7 @@ def test_copies_convert_back(tmp_path, name, calibrated):
 @pytest.mark.parametrize("name", ROWS)
 def test_fewer_heads_load_without_a_word(tmp_path, name, method):
     row = ROWS[name]
-    parent = tiny_model(row, num_key_value_heads=4)
+    parent = tiny_model(row, **row.multi_head)
     child, report = converted(row, parent, tmp_path, recipe_of(1, method, calibrated=method == "svd"))
     assert report["kv_heads"] == 1
     assert torch.isfinite(logits(child)).all()

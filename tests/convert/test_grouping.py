@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa.convert import grouping
-from gqa.convert.heads import Heads
+from gqa.convert.heads import together
 
 
 def test_contiguous_groups_are_neighbours():
@@ -19,9 +19,8 @@ def test_contiguous_groups_are_neighbours():
 def test_search_finds_the_copies_wherever_they_lie(heads_count, groups):
     r = heads_count // groups
     families = [scrambled_copies(random_heads(1, 2, 6, 6, 24, E=24, seed=10 * g), r, seed=g) for g in range(groups)]
-    joined = [torch.cat([getattr(f, field) for f in families]) for field in ("q", "k", "v", "o")]
     order = torch.randperm(heads_count, generator=torch.Generator().manual_seed(7))
-    shuffled = Heads(*(tensor[order] for tensor in joined))
+    shuffled = together(families).select(order.tolist())
     found = grouping.search(shuffled, None, groups, torch.Generator().manual_seed(0))
     family = (order // r).tolist()
     assert sorted(i for group in found for i in group) == list(range(heads_count))
@@ -45,7 +44,7 @@ def test_search_is_as_good_as_trying_every_pairing(seed):
 def test_pair_losses_are_zero_for_copies_only():
     copies = scrambled_copies(random_heads(1, 1, 6, 6, 24, E=24), 2)
     other = random_heads(1, 1, 6, 6, 24, E=24, seed=5)
-    heads = Heads(*(torch.cat([getattr(copies, f), getattr(other, f)]) for f in ("q", "k", "v", "o")))
+    heads = together([copies, other])
     losses = grouping.pair_losses(heads, None)
     assert losses[0, 1] < 1e-12
     assert losses[0, 2] > 1e-3

@@ -1,5 +1,7 @@
 """Letters: r KV heads of a group, G queries per KV head, D, Dv head dims, E inputs, d hidden."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.heads import contributions, random_heads, scores, scrambled_copies
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 
 from gqa.convert import merge
 from gqa.convert.heads import Heads
+from gqa.convert.keys import row_paths
+from gqa.weights.layout import Norm
 
 SIZES = [(2, 1, 4, 4, 12), (4, 3, 6, 6, 20), (8, 1, 16, 8, 32), (3, 2, 2, 6, 5)]
 
@@ -31,6 +35,78 @@ def test_scrambled_copies_merge_without_loss(method, calibrated, r, G, D, Dv, d)
     assert merged.o.shape == (1, r * G, d, Dv)
     torch.testing.assert_close(scores(merged, x), scores(group, x), rtol=0, atol=1e-9)
     torch.testing.assert_close(contributions(merged, x), contributions(group, x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "rows"), [("svd", "invertible"), ("procrustes", "orthogonal")])
+@pytest.mark.parametrize("rotary", [0, 2, 6])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
+def test_rows_without_rotary_take_more_than_phases(method, rows, rotary, calibrated):
+    one = random_heads(1, 2, 10, 4, 20, E=21, rotary=rotary)
+    group = scrambled_copies(one, 3, rows=rows)
+    x = torch.randn(30, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    merged = merge.METHODS[method](group, moment_of(x) if calibrated else None, torch.Generator())
+    assert merged.rotary == rotary
+    torch.testing.assert_close(scores(merged, x), scores(group, x), rtol=0, atol=1e-9)
+
+
+def test_svd_loses_the_least_of_scores_without_rotary():
+    """As for values: no other P shared directions keep more of the energy of the queries' products with the keys."""
+    group = random_heads(3, 2, 6, 4, 12, E=12, rotary=0)
+    x = torch.randn(60, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = scores(group, x)
+
+    def lost(method):
+        return float((scores(merge.METHODS[method](group, moment_of(x), torch.Generator()), x) - exact).square().sum())
+
+    assert lost("svd") < min(lost("procrustes"), lost("mean"), lost("first"))
+    energy = row_paths(group.q, group.k, moment_of(x))[0]
+    gram = merge.value_gram(energy, moment_of(x)).reshape(18, 18)
+    assert lost("svd") / len(x) ** 2 == pytest.approx(float(torch.linalg.eigvalsh(gram)[:-6].sum()))
+
+
+NORMS = [Norm("rms", "head", True), Norm("rms", "width", False), Norm("layer", "head", False)]
+
+
+def normed_scores(heads, x):
+    """Scores with a norm of each head, or of all, between projection and rotary embedding."""
+
+    def through(rows, factors):
+        states = rows @ x.T
+        if heads.norm.kind == "layer":
+            states = states - states.mean(-2, keepdim=True)
+        over = -2 if heads.norm.over == "head" else tuple(range(states.ndim - 1))
+        return factors[..., None] * states / states.square().mean(over, keepdim=True).sqrt()
+
+    q, k = through(heads.q, heads.q_norm), through(heads.k, heads.k_norm)
+    return scores(dataclasses.replace(heads, q=q, k=k), torch.eye(len(x), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["svd", "procrustes"])
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: f"{norm.kind}-{norm.over}")
+def test_norms_of_keys(norm, method):
+    """Turned copies merge without loss where the two factors of a pair are equal, unturned ones wherever."""
+    one = random_heads(1, 1, 8, 4, 12, E=12)
+    x = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for alike in (True, False) if norm.kind == "rms" else (False,):
+        factors = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 0.5
+        factors = torch.cat([factors[:4], factors[:4]]) if alike else factors
+        if alike:
+            group = scrambled_copies(one, 3)
+        else:
+            own = random_heads(3, 1, 8, 4, 12, E=12, seed=9)
+            group = dataclasses.replace(own, k=one.k.repeat(3, 1, 1), v=one.v.repeat(3, 1, 1))
+        group = dataclasses.replace(
+            group, norm=norm, q_norm=factors.expand(3, 1, 8).clone(), k_norm=factors.expand(3, 8).clone()
+        )
+        merged = merge.METHODS[method](group, moment_of(x), torch.Generator())
+        torch.testing.assert_close(normed_scores(merged, x), normed_scores(group, x), rtol=0, atol=1e-8)
+
+
+def test_sinks_stay_with_their_query_heads():
+    group = dataclasses.replace(random_heads(4, 2, 4, 4, 8, E=8), sinks=torch.arange(8.0).view(4, 2))
+    merged = merge.svd(group.select([2, 0]), None, torch.Generator())
+    assert merged.sinks is not None
+    assert merged.sinks.tolist() == [[4, 5, 0, 1]]
 
 
 def test_mean_does_not_undo_the_scrambling():

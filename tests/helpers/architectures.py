@@ -32,6 +32,7 @@ _ROUNDED = 1e-4
 class Row:
     """settings: of the config class, beside the small ones. free: whether copies of a head, each turned by the maps
     of its own that its architecture allows, convert back exactly (else: copies as they are). kv_heads: of the child.
+    multi_head: settings of the model with a KV head per query head.
     error: allowed in logits of size 1; `_ROUNDED` where something calculates in float32 whatever it is given: norms of
     queries and keys, Cohere's rotary embedding, the softmax of eager attention, experts."""
 
@@ -40,6 +41,7 @@ class Row:
     free: bool = True
     kv_heads: int = 2
     error: float = 1e-9
+    multi_head: dict[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 4})
     attention: str = "sdpa"
     dtype: torch.dtype = torch.float64
 
@@ -47,6 +49,8 @@ class Row:
 # A head dim of its own, unequal to hidden / heads.
 _WIDE = {"head_dim": 20}
 _MIXTURE = {"num_local_experts": 3, "num_experts_per_tok": 2}
+_UNNAMED = {"num_key_value_heads": None, "intermediate_size": None}  # keys that the class has not
+_FALCON = _UNNAMED | {"ffn_hidden_size": 56}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 ROWS = {
@@ -65,6 +69,20 @@ ROWS = {
     "olmo2": Row("olmo2", error=_ROUNDED),
     "stablelm": Row("stablelm", {"use_qkv_bias": True}),
     "phi": Row("phi"),
+    "phi3": Row("phi3", {"partial_rotary_factor": 0.75}),
+    "falcon, new decoder": Row(
+        "falcon",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+        multi_head={"num_kv_heads": 4},
+    ),
+    "falcon, one KV head": Row("falcon", _FALCON, kv_heads=1, multi_head={"multi_query": False}),
+    "falcon, ALiBi": Row(
+        "falcon",
+        _FALCON | {"alibi": True, "parallel_attn": False},
+        kv_heads=1,
+        multi_head={"multi_query": False},
+    ),
+    "gpt_bigcode": Row("gpt_bigcode", _UNNAMED | {"n_inner": 56}, kv_heads=1, multi_head={"multi_query": False}),
     "gpt_oss": Row(
         "gpt_oss",
         _WIDE | _MIXTURE | {"sliding_window": WINDOW, "rope_parameters": _ROPE},
@@ -78,7 +96,8 @@ ROWS = {
 def tiny_model(row: Row, **changes: Any) -> Any:
     """A random model of this row."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(row.model_type, **(_SMALL | row.settings | changes))
+    settings = {key: value for key, value in (_SMALL | row.settings | changes).items() if value is not None}
+    config = AutoConfig.for_model(row.model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=row.attention, dtype=row.dtype).eval()
     with torch.no_grad():  # transformers starts these at zero or one, which would test nothing
         for name, parameter in model.named_parameters():

@@ -10,13 +10,13 @@ import torch
 from gqa.convert.heads import Heads, from_pairs, to_pairs
 
 
-def random_heads(r, G, D, Dv, d, E, seed=0):
+def random_heads(r, G, D, Dv, d, E, seed=0, rotary=None):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    return Heads(draw(r, G, D, E), draw(r, D, E), draw(r, Dv, E), draw(r, G, d, Dv))
+    return Heads(draw(r, G, D, E), draw(r, D, E), draw(r, Dv, E), draw(r, G, d, Dv), rotary)
 
 
 def scramble(heads: Heads, generator: torch.Generator, *, rows: str = "invertible") -> Heads:
@@ -43,22 +43,24 @@ def scramble(heads: Heads, generator: torch.Generator, *, rows: str = "invertibl
     )
 
 
-def scrambled_copies(one: Heads, r: int, seed=0) -> Heads:
+def scrambled_copies(one: Heads, r: int, seed=0, rows="invertible") -> Heads:
     """r scrambled copies of one KV head, each read by query heads of its own."""
     G, D, Dv, d, E = *one.q.shape[1:3], one.v.shape[1], one.o.shape[2], one.q.shape[3]
     own = random_heads(r, G, D, Dv, d, E, seed=seed + 100)
-    copies = Heads(own.q, one.k.expand(r, -1, -1), one.v.expand(r, -1, -1), own.o)
-    return scramble(copies, torch.Generator().manual_seed(seed + 1))
+    copies = Heads(own.q, one.k.expand(r, -1, -1), one.v.expand(r, -1, -1), own.o, one.rotary)
+    return scramble(copies, torch.Generator().manual_seed(seed + 1), rows=rows)
 
 
 def scores(heads: Heads, x):
     """Scores of every query head under the rotary embedding: x (T, E) -> (query heads, T, T)."""
-    H, G, D = heads.q.shape[:3]
-    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * (0.7 ** torch.arange(D // 2, dtype=torch.float64))
+    H, G = heads.q.shape[:2]
+    R = heads.turned
+    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * (0.7 ** torch.arange(R // 2, dtype=torch.float64))
     turn = torch.polar(torch.ones_like(angles), angles).T  # (F, T)
-    q = to_pairs(heads.q @ x.T) * turn
-    k = to_pairs(heads.k @ x.T) * turn
-    return torch.einsum("hgft,hfs->hgts", q.conj(), k).real.reshape(H * G, len(x), len(x))
+    q, k = heads.q @ x.T, heads.k @ x.T
+    turned = torch.einsum("hgft,hfs->hgts", (to_pairs(q[:, :, :R]) * turn).conj(), to_pairs(k[:, :R]) * turn).real
+    plain = torch.einsum("hgpt,hps->hgts", q[:, :, R:], k[:, R:])
+    return (turned + plain).reshape(H * G, len(x), len(x))
 
 
 def contributions(heads: Heads, x):

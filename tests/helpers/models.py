@@ -40,7 +40,7 @@ def tiny_llama(kv_heads=2, query_heads=8, *, layers=2, bias=False, tied=False, d
 
 def attention_layers(model):
     """Every layer's attention as AttentionWeights, by the layout's own names."""
-    layout = load_layout(model.config.model_type)
+    layout = load_layout(model.config.model_type, model.config.to_dict())
     for layer in range(model.config.num_hidden_layers):
         yield layer, layout, layout.read_attention(TensorsInMemory(model.state_dict()), layer)
 

@@ -170,7 +170,9 @@ class _Parser:
     def kv_heads(self, heads: int) -> int:
         multi_query = self.flag_or_none("multi_query") and not self.flag_or_none("new_decoder_architecture")
         given = self.number_or_none(KV_HEADS, MAX_HEADS)  # read even if unused, so that nonsense is refused
-        kv_heads = 1 if multi_query else given or heads
+        unless = self.facts.get("multi_query_unless")
+        by_flag = unless is not None and not self.config.get(unless)  # whatever the config says beside it
+        kv_heads = 1 if multi_query else heads if by_flag else given or heads
         if heads % kv_heads:
             raise GqaError(
                 f"the config of {self.name} has {kv_heads} KV heads, which do not divide {heads} query heads",

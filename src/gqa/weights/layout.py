@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from gqa.config import ModelShape
+from gqa.config import LayerShape, ModelShape, parse_config
 from gqa.errors import GqaError
 from gqa.weights.reader import Checkpoint
 
@@ -86,6 +86,8 @@ class Layout:
     norm: Norm | None = None
     positions: str | None = None  # the tensor of learned positions, added to the embeddings
     stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    fused: Literal["", "roles", "groups"] = ""  # how q, k and v lie in one tensor, if they do
+    heads: LayerShape | None = None  # of a fused layout: without it rows could not be told apart
     eager: bool = False  # scores meet something that torch's own attention cannot do: soft caps, sinks
 
     @property
@@ -142,21 +144,50 @@ class Layout:
         Raises GqaError for a missing tensor, one that is not floating point, and NaN or infinite values.
         """
         tensors: dict[str, torch.Tensor | None] = {}
-        for field in self.fields:
-            name = self.tensor_name(layer, field)
-            if field not in "qkvo" and name not in checkpoint:
-                tensors[field] = None
+        for name, fields in self._fields_of(layer).items():
+            if name not in checkpoint and fields[0] not in "qkvo":
                 continue
             tensor = checkpoint.read(name)
             if not torch.isfinite(tensor).all():
                 raise GqaError(f"tensor {name} holds NaN or infinite values", allowed="finite weights")
-            tensors[field] = tensor
+            parts = (tensor,) if len(fields) == 1 else self._parted(tensor)
+            tensors |= dict(zip(fields, parts, strict=True))
         return AttentionWeights(**tensors)  # type: ignore[arg-type]
 
     def attention_tensors(self, layer: int, weights: AttentionWeights) -> dict[str, torch.Tensor]:
         """The same projections under the names of the checkpoint; absent biases are left out."""
-        named = {self.tensor_name(layer, field): getattr(weights, field) for field in self.fields}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, fields in self._fields_of(layer).items():
+            parts = [tensor for tensor in (getattr(weights, field) for field in fields) if tensor is not None]
+            if parts:
+                tensors[name] = parts[0] if len(fields) == 1 else self._joined(*parts)
+        return tensors
+
+    def _fields_of(self, layer: int) -> dict[str, list[str]]:
+        """Tensor name -> the fields of AttentionWeights that it holds, q before k before v."""
+        found: dict[str, list[str]] = {}
+        for field in self.fields:
+            found.setdefault(self.tensor_name(layer, field), []).append(field)
+        return found
+
+    def _parted(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v out of their common tensor, whose rows tell how many KV heads there are."""
+        assert self.heads is not None, "a fused layout is loaded with its config"
+        D, queries = self.heads.head_dim, self.heads.query_heads
+        H = (len(fused) // D - queries) // 2
+        if self.fused == "roles":
+            return fused.split([queries * D, H * D, H * D])
+        rest = fused.shape[1:]
+        groups = fused.view(H, queries // H + 2, D, *rest)
+        return tuple(part.reshape(-1, *rest) for part in (groups[:, :-2], groups[:, -2], groups[:, -1]))
+
+    def _joined(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Inverse of `_parted`."""
+        if self.fused == "roles":
+            return torch.cat([q, k, v])
+        assert self.heads is not None, "a fused layout is loaded with its config"
+        H = len(k) // self.heads.head_dim
+        return torch.cat([part.reshape(H, -1, *part.shape[1:]) for part in (q, k, v)], 1).flatten(0, 1)
 
     def attention_shapes(self, shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
         """The shape that the configuration gives every projection of a layer, biases included, by tensor name."""
@@ -175,7 +206,8 @@ class Layout:
                 sizes[f"{role}_norm"] = (rows[role],)
             elif self.norm is not None:
                 sizes[f"{role}_norm"] = (heads.head_dim,) if self.norm.shared else (count, heads.head_dim)
-        return {self.tensor_name(layer, field): sizes[field] for field in self.fields}
+        named = {name: [sizes[field] for field in fields] for name, fields in self._fields_of(layer).items()}
+        return {name: (sum(size[0] for size in parts), *parts[0][1:]) for name, parts in named.items()}
 
     def check(self, checkpoint: Checkpoint, shape: ModelShape) -> None:
         """Compare every tensor this layout knows with the configuration: names, shapes, dtypes.
@@ -253,7 +285,7 @@ _EXTRAS = ("q_norm", "k_norm", "sinks")
 def load_layout(model_type: str, config: Mapping[str, object] | None = None) -> Layout:
     """The layout of a `model_type` of config.json. GqaError names the known ones, and why some cannot be.
 
-    config: the raw config of the text decoder, which decides the notes that not every model needs.
+    config: the raw config.json, which decides the notes that not every model needs and how a fused tensor is parted.
     """
     tables = _tables()
     if model_type in tables:
@@ -266,6 +298,7 @@ def load_layout(model_type: str, config: Mapping[str, object] | None = None) -> 
 
 def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, object]) -> Layout:
     attention = table["attention"]
+    fused = attention.get("fused", "")
     notes_if: Mapping[str, str] = table.get("notes_if", {})
     return Layout(
         model_type=model_type,
@@ -278,6 +311,8 @@ def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, obje
         notes=(*table["notes"], *(note for key, note in notes_if.items() if config.get(key))),
         norm=Norm(**attention["norm"]) if "norm" in attention else None,
         positions=table.get("positions"),
+        fused=fused,
+        heads=parse_config(config, model_type).layers[0] if fused and config else None,
         eager=table.get("eager", False),
         stacked={name: tuple(parts) for name, parts in table.get("stacked", {}).items()},
     )
