@@ -107,6 +107,8 @@ def command(
     job = plan_conversion(source, recipe)
     text = read_text(texts) if texts else ""
     _advise(recipe, job.identity)
+    for note in () if job.identity else job.layout.notes:
+        output.note(f"note: {note}")
     inputs = {"model": model, "out": str(out), "texts": [str(path) for path in texts], "recipe": recipe.to_dict()}
     if dry_run:
         plan = job.describe()
