@@ -10,11 +10,13 @@ import torch
 from helpers.checkpoints import folder_hashes, random_windows, tiny_config, tiny_source, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file
 
-from gqa.convert import run
+from gqa.convert import memory, run
+from gqa.convert.job import plan_conversion
 from gqa.convert.journal import locked, work_folder
 from gqa.convert.recipe import make_recipe
 from gqa.errors import GqaError
 from gqa.source import open_checkpoint
+from gqa.units import format_bytes
 from gqa.weights.header import DTYPE_BYTES
 from gqa.weights.layout import Layout
 from gqa.weights.reader import Checkpoint
@@ -232,6 +234,48 @@ def test_finished_layers_are_not_converted_again(tmp_path, monkeypatch, dtype):
     assert folder_hashes(tmp_path / "out") == folder_hashes(undisturbed)
 
 
+@pytest.mark.parametrize("intact", [True, False])
+def test_activations_in_files_need_no_replay(tmp_path, monkeypatch, intact):
+    source = tiny_source(tmp_path / "parent")
+    convert(source, tmp_path / "undisturbed" / "out", CALIBRATED)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    calls = _interrupt(monkeypatch, source, tmp_path / "out", CALIBRATED, layer=2)
+    states = work_folder(tmp_path / "out") / "states"
+    assert {"before-0002-parent", "before-0002-child"} <= {path.name for path in states.iterdir()}
+    if not intact:
+        (states / "before-0002-child").unlink()
+    calls.clear()
+    convert(source, tmp_path / "out", CALIBRATED)
+    assert calls == [("convert", 2)] if intact else [("replay", 0), ("replay", 1), ("convert", 2)]
+    assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "undisturbed" / "out")
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_data_free_layers_are_not_even_read_again(tmp_path, monkeypatch):
+    source = tiny_source(tmp_path / "parent")
+    calls = _interrupt(monkeypatch, source, tmp_path / "out", make_recipe(2), layer=1)
+    calls.clear()
+    convert(source, tmp_path / "out", make_recipe(2))
+    assert calls == [("convert", 1), ("convert", 2)]
+
+
+def test_a_refined_conversion_in_files_is_the_one_in_memory(tmp_path):
+    source = tiny_source(tmp_path / "parent")
+    recipe = make_recipe(2, calibration_tokens=512, refine_tokens=320, refine_steps=3, window=32)
+    job = plan_conversion(source, recipe)
+    least, most = (memory.peak_memory_bytes(job, streamed=streamed) for streamed in (True, False))
+    assert least < most
+    with pytest.raises(GqaError, match="does not fit the memory") as caught:
+        convert(source, tmp_path / "out", recipe, memory_bytes=least - 1)
+    assert caught.value.allowed == f"about {format_bytes(least)} or more"
+    assert not work_folder(tmp_path / "out").exists()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    convert(source, tmp_path / "a" / "out", recipe, memory_bytes=least)
+    convert(source, tmp_path / "b" / "out", recipe, memory_bytes=most)
+    assert folder_hashes(tmp_path / "a") == folder_hashes(tmp_path / "b")
+
+
 def test_another_recipe_does_not_go_on_with_begun_work(tmp_path, monkeypatch):
     source = tiny_source(tmp_path / "parent")
     _interrupt(monkeypatch, source, tmp_path / "out", CALIBRATED, layer=1)
@@ -360,6 +404,7 @@ def _interrupt(monkeypatch, source, out, recipe, layer):
     class Noting:
         def __init__(self, *args):
             self.engine = real(*args)
+            self.at = self.engine.at
 
         def convert(self, index):
             calls.append(("convert", index))

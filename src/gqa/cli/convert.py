@@ -12,7 +12,7 @@ import click
 from gqa.cli import output
 from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, Recipe, make_recipe
 from gqa.record import Record
-from gqa.units import format_bytes, format_seconds, parse_tokens
+from gqa.units import format_bytes, format_seconds, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,13 @@ _BASIS = {
     "kv_bytes_per_token_parent": "predicted",
 }
 _PLAN_BASIS: dict[str, str] = dict.fromkeys(
-    ("bytes", "free_space_needed_bytes", "peak_memory_bytes_estimate"), "predicted"
+    (
+        "bytes",
+        "free_space_needed_bytes",
+        "peak_memory_bytes_estimate",
+        "peak_memory_bytes_streamed_estimate",
+    ),
+    "predicted",
 )
 
 _EXAMPLES = """
@@ -60,6 +66,7 @@ gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-ru
 @click.option("--refine-steps", type=int, default=120, show_default=True, help="Steps of that training per layer.")
 @click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
 @click.option("--refit/--no-refit", default=None, help="Fit W_q, W_k, W_o to the parent.  [default: by method]")
+@click.option("--memory", metavar="SIZE", help="What the conversion may take, such as 8GiB.  [default: what is free]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @output.json_option
@@ -75,6 +82,7 @@ def command(
     refine_steps: int,
     grouping: Any,
     refit: bool | None,
+    memory: str | None,
     seed: int,
     dry_run: bool,
     as_json: bool,
@@ -91,6 +99,7 @@ def command(
     from gqa.text import read_text
 
     source = open_checkpoint(model)
+    memory_bytes = parse_bytes(memory) if memory else None
     context = parse_config(source.config, source.name).context or _WINDOW
     refine_tokens = parse_tokens(refine) if refine else 0
     recipe = make_recipe(
@@ -123,8 +132,9 @@ def command(
     windows = None
     if recipe.windows and not job.identity:
         recipe, windows = _cut(recipe, source, text)
+    names = [str(path) for path in texts]
     with output.progress() as progress:
-        report = convert(source, out, recipe, windows, progress, texts=[str(path) for path in texts])
+        report = convert(source, out, recipe, windows, progress, texts=names, memory_bytes=memory_bytes)
     if as_json:
         inputs["recipe"] = recipe.to_dict()
         output.record(Record("convert", inputs, report, _BASIS, tuple(report["approximations"])))
@@ -207,4 +217,6 @@ def _print_plan(plan: dict[str, Any], out: Path) -> None:
         f"weight files: {files}, {format_bytes(plan['bytes_parent'])} -> {format_bytes(plan['bytes'])}; "
         f"free space needed {format_bytes(plan['free_space_needed_bytes'])}"
     )
-    output.data(f"memory: about {format_bytes(plan['peak_memory_bytes_estimate'])} beside the libraries (estimate)")
+    peak, streamed = plan["peak_memory_bytes_estimate"], plan["peak_memory_bytes_streamed_estimate"]
+    or_files = f", or {format_bytes(streamed)} with the text's activations in files" if streamed < peak else ""
+    output.data(f"memory: about {format_bytes(peak)}{or_files} (estimate)")

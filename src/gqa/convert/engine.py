@@ -35,8 +35,8 @@ class Engine:
     """`convert(layer)` for every layer in order; `replay(layer, weights)` for those that a former run finished.
 
     `windows` (N, T) are token ids of calibration text, or None for a data-free conversion. Its activations are kept
-    in memory, or in files of the folder `states`. `at` is the layer that comes next: 0, or `finished`, the count of
-    layers that a former run has converted, if it left the activations before that layer there.
+    in memory, or in files of the folder `states`. `at` is the layer that comes next: `finished`, the count of layers
+    that a former run has converted, or 0 where the activations before that layer are not there any more.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Engine:
         self.child_config = child_config(config, recipe.kv_heads)
         self.shapes = parse_config(config, layout.model_type).layers
         self.hidden: tuple[States, ...] = ()  # before the next layer: the parent's, the child's
-        self.at = 0
+        self.at = finished  # without calibration text no layer depends on another
         self._others: tuple[int, dict[str, Tensor]] = (-1, {})
         # float64 checkpoints stay exact; everything else is calibrated in float32.
         self.dtype = torch.float64 if checkpoint.dtype(layout.embedding) == torch.float64 else torch.float32
@@ -63,9 +63,8 @@ class Engine:
             self.store = Store(states)
             shape = torch.Size((*windows.shape, checkpoint.shape(layout.embedding)[1]))
             self.hidden = self.store.before(finished, ("parent", "child"), shape, self.dtype) if finished else ()
-            if self.hidden:
-                self.at = finished
-            else:
+            if not self.hidden:
+                self.at = 0
                 embedded = self._embedded(windows)
                 self.hidden = (embedded, embedded)
 

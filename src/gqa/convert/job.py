@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gqa.config import ModelShape, child_config, kv_head_choices, parse_config
+from gqa.convert.memory import peak_memory_bytes
 from gqa.convert.recipe import Recipe
-from gqa.convert.scores import SCORE_TOKENS
 from gqa.errors import GqaError
 from gqa.source import Source
 from gqa.weights.header import TensorEntry
 from gqa.weights.layout import Layout, load_layout
 from gqa.weights.reader import Checkpoint
 from gqa.weights.writer import file_bytes, in_file_order
-
-# float64, in which the closed forms calculate.
-_WORK_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -85,32 +81,6 @@ class Job:
                     files -= self.work_bytes(layer)
         return peak
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """An estimate, beside the 0.4 GiB that Python and its libraries take.
-
-        Without calibration: one attention in float64, parent's and child's, and what the closed forms make of it.
-        With it: also a whole block of parent and child in float32, the covariance and its roots in float64, and about
-        ten numbers per token and hidden dimension (hidden states, inputs and targets, before and after the block).
-        Refitting scores holds one group's scores and attention on SCORE_TOKENS tokens. Refining adds gradients and
-        momenta for one attention. The factors are fitted to measured peaks.
-        """
-        attention = max((sum(_numbers(e) for e in self._attention(layer)) for layer in self.changes), default=0)
-        peak = 5 * attention * _WORK_BYTES
-        tokens = self.recipe.windows * self.recipe.window
-        if self.recipe.windows and not self.identity:
-            hidden = self.parent.hidden
-            prefix = self.layout.layer_prefix(0)
-            block = sum(_numbers(self.checkpoint.entry(n)) for n in self.checkpoint.names if n.startswith(prefix))
-            peak += 2 * block * 4 + 10 * tokens * hidden * 4 + 4 * hidden * hidden * _WORK_BYTES
-            peak = max(peak, self.checkpoint.entry(self.layout.embedding).nbytes + tokens * hidden * 4)
-        if self.recipe.refit and not self.identity:
-            queries = max(layer.query_heads for layer in self.child.layers) // self.recipe.kv_heads
-            peak += 2 * queries * min(SCORE_TOKENS, tokens) * self.recipe.window * 4
-        if self.recipe.refine_tokens and not self.identity:
-            peak += 3 * attention * 4
-        return peak
-
     def describe(self) -> dict[str, Any]:
         """The plan as data, for `--dry-run`."""
         recipe = self.recipe
@@ -123,7 +93,7 @@ class Job:
                     "kv_heads_parent": self.parent.layers[layer].kv_heads,
                     "kv_heads": self.child.layers[layer].kv_heads,
                     "steps": steps,
-                    "bytes_read": sum(entry.nbytes for entry in self._attention(layer)),
+                    "bytes_read": sum(entry.nbytes for entry in self.attention(layer)),
                     "bytes_written": sum(entry.nbytes for entry in entries),
                     "tensors": [entry.name for entry in entries],
                 }
@@ -134,7 +104,8 @@ class Job:
             "bytes_parent": self.checkpoint.nbytes,
             "bytes": self.output_bytes,
             "free_space_needed_bytes": self.peak_disk_bytes,
-            "peak_memory_bytes_estimate": self.peak_memory_bytes,
+            "peak_memory_bytes_estimate": peak_memory_bytes(self, streamed=False),
+            "peak_memory_bytes_streamed_estimate": peak_memory_bytes(self, streamed=True),
             "shards": {shard: self.shard_bytes(shard) for shard in self.shards},
             "recipe": recipe.to_dict(),
         }
@@ -150,7 +121,8 @@ class Job:
             else {"windows": list(windows.shape), "sha256": _sha256(windows.tobytes())},
         }
 
-    def _attention(self, layer: int) -> list[TensorEntry]:
+    def attention(self, layer: int) -> list[TensorEntry]:
+        """The parent's tensors of an attention."""
         names = self.layout.attention_shapes(self.parent, layer)
         return [self.checkpoint.entry(name) for name in names if name in self.checkpoint]
 
@@ -214,10 +186,6 @@ def _check_kv_heads(parent: ModelShape, kv_heads: int) -> None:
         allowed=", ".join(map(str, choices)),
         hint=f"gqa convert <the same arguments> --kv-heads {nearest}",
     )
-
-
-def _numbers(entry: TensorEntry) -> int:
-    return math.prod(entry.shape)
 
 
 def _sha256(data: bytes) -> str:

@@ -3,6 +3,7 @@
 OUT.partial/lock                   held by the process at work; the system lets go of it when that process dies
 OUT.partial/journal.json           what is being converted, and the reports of the finished layers
 OUT.partial/layer-0003.safetensors the changed tensors of a finished layer
+OUT.partial/states/                activations of the calibration text before the next layer, where memory is short
 OUT.partial/result/                what becomes OUT by one rename
 """
 
@@ -35,6 +36,13 @@ class Journal:
     @property
     def result(self) -> Path:
         return self.folder / "result"
+
+    @property
+    def states(self) -> Path:
+        return self.folder / "states"
+
+    def forget_states(self) -> None:
+        shutil.rmtree(self.states, ignore_errors=True)
 
     @property
     def empty(self) -> bool:
@@ -76,6 +84,7 @@ class Journal:
     def discard(self) -> None:
         """Remove the work folder, the journal last: what a kill leaves is still known as ours."""
         shutil.rmtree(self.result, ignore_errors=True)
+        self.forget_states()
         for path in self.folder.iterdir():
             if path.name not in ("journal.json", "lock"):
                 path.unlink()

@@ -5,6 +5,7 @@ Pooling alone skips the first of these: its layers are computed while their shar
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import time
@@ -19,6 +20,7 @@ from gqa.convert.assemble import write_shards
 from gqa.convert.engine import Engine
 from gqa.convert.job import Job, plan_conversion
 from gqa.convert.journal import Journal, locked, work_folder
+from gqa.convert.memory import keeps_states_in_files, states_bytes
 from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
 from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
@@ -38,12 +40,14 @@ def convert(
     progress: Progress = silent,
     *,
     texts: Sequence[str] = (),
+    memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint of `source` with fewer KV heads to the folder OUT, which must not exist.
 
     windows: (N, recipe.window) token ids of calibration text, where the recipe wants any; texts: the names of the
-    files they came from, for the model card. Returns the report: sizes before and after, and per layer what was
-    done and lost. Memory holds one layer's tensors at a time, and the calibration activations.
+    files they came from, for the model card. memory_bytes: what the process may take, by an estimate (by default what
+    is free): memory holds one layer's tensors at a time, and the calibration activations unless they have to go to
+    files. Returns the report: sizes before and after, and per layer what was done and lost.
 
     OUT appears complete, by one rename. Until then all lies in OUT.partial, where a run that was killed, or ran out
     of space, goes on when it is called again with the same arguments. OUT from this same conversion: its report is
@@ -60,16 +64,27 @@ def convert(
             report = already_done(out, identity)
             _tidy(out, identity)
             return report
-        check_space(out, job.peak_disk_bytes + small_bytes(job.folder) - _bytes_in(work_folder(out)))
+        in_files = keeps_states_in_files(job, memory_bytes)
+        needed = job.peak_disk_bytes + small_bytes(job.folder) + (states_bytes(job) if in_files else 0)
+        check_space(out, needed - _bytes_in(work_folder(out)))
         with locked(out) as journal:
             if os.path.lexists(out):  # by a process that was at it when we looked first
                 report = already_done(out, identity)
                 journal.discard()
                 return report
-            report = _work(job, journal, out, identity, windows, progress, texts)
+            calibration = _Calibration(windows, journal.states if in_files else None)
+            report = _work(job, journal, out, identity, calibration, progress, texts)
     except OSError as error:
         raise _disk_error(out, error) from None
     return {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Calibration:
+    """windows (N, T): token ids of the text, or None; states: the folder of its activations, None for memory."""
+
+    windows: np.ndarray | None
+    states: Path | None
 
 
 def _work(
@@ -77,14 +92,14 @@ def _work(
     journal: Journal,
     out: Path,
     identity: Mapping[str, Any],
-    windows: np.ndarray | None,
+    calibration: _Calibration,
     progress: Progress,
     texts: Sequence[str],
 ) -> dict[str, Any]:
     modified = job.checkpoint.modified()
     journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
     try:
-        reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, windows, progress)
+        reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, calibration, progress)
         write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
         report = describe(job, reports, identity, texts)
@@ -113,13 +128,22 @@ def _work(
     return report
 
 
-def _convert_layers(job: Job, journal: Journal, windows: np.ndarray | None, progress: Progress) -> list[dict[str, Any]]:
+def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progress: Progress) -> list[dict[str, Any]]:
     """Convert the layers that no former run finished, each into a file of its own. Returns the layers' reports."""
     total = len(job.changes)
     if len(journal.reports) == total:
         return journal.reports
-    engine = Engine(job.checkpoint, job.layout, job.source.config, job.recipe, windows, progress)
-    for layer in range(total):
+    engine = Engine(
+        job.checkpoint,
+        job.layout,
+        job.source.config,
+        job.recipe,
+        calibration.windows,
+        progress,
+        calibration.states,
+        len(journal.reports),
+    )
+    for layer in range(engine.at, total):
         if layer < len(journal.reports):
             engine.replay(layer, job.layout.read_attention(StoredLayer(job, journal.layer_path(layer)), layer))
         else:
@@ -129,6 +153,7 @@ def _convert_layers(job: Job, journal: Journal, windows: np.ndarray | None, prog
             journal.finish_layer({**report, "layer": layer, "tensors_changed": len(tensors)})
         error = journal.reports[layer].get("output_error")
         progress("convert layers", layer + 1, total, "" if error is None else f"output error {error:.2%}")
+    journal.forget_states()
     return journal.reports
 
 

@@ -1,0 +1,94 @@
+"""How much memory a conversion takes, and whether the activations of its calibration text lie in files for it.
+
+The factors are fitted to measured peaks. Letters: A numbers of an attention · B of a whole block · n tokens of
+calibration text · d hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gqa.convert.calibrate import BATCH
+from gqa.convert.scores import SCORE_TOKENS
+from gqa.errors import GqaError
+from gqa.units import format_bytes
+
+if TYPE_CHECKING:
+    from gqa.convert.job import Job
+
+# Python with torch; and with transformers, which runs the blocks.
+_LIBRARIES_BYTES = 320 << 20
+_WITH_BLOCKS_BYTES = 600 << 20
+
+# States before a block and after it, parent's and child's, and the attention's inputs and targets.
+_STATES = 6
+
+
+def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
+    """An estimate of the process's peak; streamed: with the calibration activations in files.
+
+    Pooling: two layers' attention as it is stored. Data-free: 5 A numbers of float64, parent's and child's attention
+    and what the closed forms make of it. Calibrated: also B + A of float32 (a block of the parent, and the child's
+    attention), 4 d^2 of float64 (the covariance and its roots), and about ten numbers per token and hidden dimension:
+    of all n tokens, or, streamed, of a batch. Refitting scores holds one group's scores and attention on
+    SCORE_TOKENS tokens. Refining adds gradients and momenta for one attention.
+    """
+    if job.identity:
+        return _LIBRARIES_BYTES
+    entries = {layer: job.attention(layer) for layer in job.changes}
+    if job.pooled:
+        return _LIBRARIES_BYTES + 2 * max(sum(entry.nbytes for entry in some) for some in entries.values())
+    attention = max(sum(math.prod(entry.shape) for entry in some) for some in entries.values())
+    peak = 5 * attention * 8
+    if not job.recipe.windows:
+        return _LIBRARIES_BYTES + peak
+    recipe, d = job.recipe, job.parent.hidden
+    tokens = recipe.windows * recipe.window
+    batch = min(tokens, BATCH * recipe.window)
+    prefix = job.layout.layer_prefix(0)
+    block = sum(math.prod(job.checkpoint.entry(n).shape) for n in job.checkpoint.names if n.startswith(prefix))
+    peak += (block + attention) * 4 + 4 * d * d * 8 + 10 * (batch if streamed else tokens) * d * 4
+    if recipe.refit:
+        queries = max(layer.query_heads for layer in job.child.layers) // recipe.kv_heads
+        peak += 2 * queries * min(SCORE_TOKENS, tokens) * recipe.window * 4
+    if recipe.refine_tokens:
+        peak += 3 * attention * 4
+    embedding = job.checkpoint.entry(job.layout.embedding)
+    first = embedding.nbytes + math.prod(embedding.shape) * 4 + tokens * d * 4
+    return _WITH_BLOCKS_BYTES + max(peak, first)
+
+
+def states_bytes(job: Job) -> int:
+    """Room on the disk for the calibration activations in files, float32."""
+    return _STATES * job.recipe.windows * job.recipe.window * job.parent.hidden * 4
+
+
+def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
+    """Whether the calibration activations go to files, so that the conversion stays within a budget (None: what is
+    free on this machine, as far as that can be told).
+
+    Raises GqaError if a budget that was given is too small even so.
+    """
+    limit = available_bytes() if budget_bytes is None else budget_bytes
+    if limit is None or peak_memory_bytes(job, streamed=False) <= limit:
+        return False
+    least = peak_memory_bytes(job, streamed=True)
+    if budget_bytes is not None and least > budget_bytes:
+        raise GqaError(
+            "the conversion does not fit the memory it may take",
+            got=format_bytes(budget_bytes),
+            allowed=f"about {format_bytes(least)} or more",
+            hint=None if not job.recipe.windows else "a shorter --window, or mean, which takes little",
+        )
+    return bool(job.recipe.windows)
+
+
+def available_bytes() -> int | None:
+    """Memory that is free or can be freed at once; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
