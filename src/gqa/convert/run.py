@@ -109,7 +109,7 @@ def _work(
     except GqaError:
         journal.discard()  # it would only fail in the same way again
         raise
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         journal.discard()
         raise GqaError(
             "the equations of a layer cannot be solved",
