@@ -135,10 +135,11 @@ def line(case: Case, row: Mapping[str, Any]) -> str:
 
 
 def record(rows: Sequence[Mapping[str, Any]]) -> Record:
+    """All rows but how long each took, which says nothing of the kernel."""
     return Record(
         COMMAND,
         {"capabilities": sorted({row["capability"] for row in rows})},
-        {"kernels": rows},
+        {"kernels": [{name: value for name, value in row.items() if name != "seconds"} for row in rows]},
         dict.fromkeys(PREDICTED, "predicted"),
         ASSUMPTIONS,
         versions={**describe_versions(), "triton": importlib.metadata.version("triton")},
