@@ -49,7 +49,8 @@ PREDICTED = (
 ASSUMPTIONS = (
     "Nothing was run: figures are read off the machine code, or follow from it and the limits of the chip.",
     "Blocks per multiprocessor are what its registers, shared memory and warps allow; a grid may fill fewer.",
-    "Bytes in flight are the shared memory that loads of K and V are on their way to, in all blocks at once.",
+    "Bytes in flight are the shared memory that loads of K and V (of q and the output's gradient in differentiate_keys)"
+    " are on their way to, in all blocks at once.",
     "Bytes per key are those of one KV head's K and V, and its scales; each is read once for all G queries.",
 )
 
