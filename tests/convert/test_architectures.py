@@ -1,19 +1,29 @@
 """Every architecture: copies of heads convert back, and a child with fewer heads loads without a word."""
 
+import contextlib
+import io
 import logging
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers.architectures import ROWS, TOKENS, VOCAB, logits, tiny_model
+from helpers.architectures import ROWS, TOKENS, VOCAB, Row, logits, tiny_model
 from helpers.models import as_scrambled_mha
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from gqa.cli.main import main
+from gqa.config import parse_config
+from gqa.convert import heads
+from gqa.convert.engine import Engine
 from gqa.convert.recipe import make_recipe
 from gqa.convert.run import convert
+from gqa.convert.scores import _Fit
+from gqa.errors import GqaError
 from gqa.source import open_checkpoint
+from gqa.weights.layout import load_layout
+from gqa.weights.reader import Checkpoint
 
 WINDOWS = np.random.default_rng(0).integers(3, VOCAB, (6, TOKENS))
 
@@ -73,3 +83,62 @@ def test_fewer_heads_load_without_a_word(tmp_path, name, method):
     assert report["kv_heads"] == 1
     assert torch.isfinite(logits(child)).all()
     assert (logits(child) - logits(parent)).abs().max() > 0.01  # different heads do share
+
+
+NORMED = ("gemma3", "qwen3", "cohere, norms", "olmo2")
+REFITTED = [name for name, row in ROWS.items() if name not in NORMED and not row.settings.get("alibi")]
+
+
+@pytest.mark.parametrize("name", REFITTED)
+def test_scores_are_refitted_to_those_of_the_model(tmp_path, name):
+    """What the refit takes for a layer's attention, carried on to the output, is what transformers calculates."""
+    row = ROWS[name]
+    model = tiny_model(row)
+    model.save_pretrained(tmp_path)
+    config = model.config.to_dict()
+    layout, shape = load_layout(row.model_type, config), parse_config(config, name).layers[1]
+    engine = Engine(Checkpoint(tmp_path), layout, config, recipe_of(1, "svd", calibrated=True), WINDOWS)
+    weights = layout.read_attention(engine.checkpoint, 1)
+    block = engine._block(1, config, weights)
+    parts = heads.split(weights, shape, layout)
+    x = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(engine.dtype)
+    fit = _Fit(parts, parts, x, x, block.positions(x, shape))
+    values = torch.einsum("hve,nte->nhtv", parts.v.to(x.dtype), fit.inputs[0])
+    seen = fit.attention[0].unflatten(1, parts.q.shape[:2]) @ values[:, :, None]
+    output = torch.einsum("nhgtv,hgdv->ntd", seen, parts.o.to(x.dtype))
+    output = output if weights.o_bias is None else output + weights.o_bias
+    torch.testing.assert_close(output, block.attend(x), rtol=0, atol=row.error * 10)
+
+
+def test_what_is_approximate_is_said_before_the_start_and_in_the_card(tmp_path):
+    row = ROWS["olmo2"]
+    _, report = converted(row, tiny_model(row, **row.multi_head), tmp_path, recipe_of(2, "svd", calibrated=True))
+    note = load_layout("olmo2").notes[0]
+    assert note in report["approximations"]
+    assert note in (tmp_path / "child" / "README.md").read_text()
+    assert all("a norm" in layer["not_refitted"] for layer in report["layers"])
+    arguments = ["convert", str(tmp_path / "parent"), str(tmp_path / "other"), "--kv-heads", "2", "--dry-run"]
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0
+    assert note in said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3", "gpt_oss", "olmo2", "gpt_bigcode"])
+def test_refinement_trains_every_kind_of_attention(tmp_path, name):
+    row = ROWS[name]
+    recipe = make_recipe(
+        1, "svd", calibration_tokens=WINDOWS.size, refine_tokens=WINDOWS.size, refine_steps=30, window=TOKENS
+    )
+    _, report = converted(row, tiny_model(row, **row.multi_head), tmp_path, recipe)
+    assert all(layer["output_error"] < 0.9 * layer["closed_form_error"] for layer in report["layers"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"),
+    [("stablelm", r"[kq]_layernorm\.norms\.0\.weight"), ("phi", r"[kq]_layernorm\.(weight|bias)")],
+)
+def test_options_that_are_not_understood_are_named(tmp_path, model_type, tensor):
+    model = tiny_model(Row(model_type, {"qk_layernorm": True}))
+    with pytest.raises(GqaError, match=rf"self_attn\.{tensor} is not part of a {model_type} attention"):
+        converted(ROWS[model_type], model, tmp_path, recipe_of(1, "svd", calibrated=False))

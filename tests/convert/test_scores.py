@@ -1,5 +1,7 @@
 """Letters: n windows, T tokens, r KV heads of a group, G queries each, D head dim, E inputs."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.heads import random_heads, scrambled_copies
@@ -10,12 +12,12 @@ from gqa.convert.scores import Positions, _conjugate_gradients, _Fit, refit_scor
 n, T = 5, 11
 
 
-def positions(D, *, window=None, dtype=torch.float64):
+def positions(D, *, window=None, softcap=None, dtype=torch.float64):
     angles = torch.arange(T, dtype=dtype)[:, None] * (0.6 ** torch.arange(D // 2, dtype=dtype))
     visible = torch.ones(T, T, dtype=torch.bool).tril()
     if window:
         visible &= torch.ones(T, T, dtype=torch.bool).triu(1 - window)
-    return Positions(torch.polar(torch.ones_like(angles), angles), visible, D**-0.5)
+    return Positions(torch.polar(torch.ones_like(angles), angles), visible, max(D, 1) ** -0.5, softcap)
 
 
 def draw(*size, seed=0):
@@ -101,3 +103,29 @@ def test_conjugate_gradients_solve():
     got = _conjugate_gradients(lambda x: matrix @ x, wanted, steps=6)
     torch.testing.assert_close(got, torch.linalg.solve(matrix, wanted))
     assert not _conjugate_gradients(lambda x: matrix @ x, torch.zeros(6), steps=6).any()
+
+
+@pytest.mark.parametrize("rotary", [0, 4])
+def test_rows_without_rotary_are_not_turned(rotary):
+    """A head of R rows with rotary and some without scores as its two parts do."""
+    group = random_heads(2, 1, 10, 4, 7, E=7, rotary=rotary)
+    where = positions(rotary)
+    x = draw(n, T, 7, seed=1)
+    fit = _Fit(group, group, x, x, where)
+    q, k = group.q[:, 0], group.k
+    plain = torch.einsum("hpe,nte,hpf,nsf->nhts", q[:, rotary:], x, k[:, rotary:], x) * where.scale
+    turned = attention(q[:, :rotary], k[:, :rotary], x, where)[0] if rotary else 0
+    torch.testing.assert_close(torch.cat(fit.scores), turned + plain)
+    back = fit._turned_back(fit._turned(x, q))
+    torch.testing.assert_close(back, torch.einsum("nte,hde->nhtd", x, q))
+
+
+def test_sinks_and_soft_caps_take_their_share():
+    group = dataclasses.replace(random_heads(2, 2, 6, 4, 7, E=7), sinks=draw(2, 2, seed=5))
+    assert group.sinks is not None
+    x, where = draw(n, T, 7, seed=1), positions(6, softcap=2.0)
+    fit = _Fit(group, group, x, x, where)
+    scores = torch.cat(fit.scores)
+    capped = (2 * (scores / 2).tanh()).masked_fill(~where.visible, float("-inf")).exp()
+    wanted = capped / (capped.sum(-1, keepdim=True) + group.sinks.flatten()[:, None, None].exp())
+    torch.testing.assert_close(torch.cat(fit.attention), wanted)
