@@ -17,10 +17,11 @@ from gqa.source import open_checkpoint
     ("query_heads", "kv_heads", "wanted", "said", "allowed", "nearest"),
     [
         (32, 32, 12, "12 KV heads do not divide 32 query heads", "1, 2, 4, 8, 16, 32", 8),
-        (8, 8, 9, "9 KV heads are more than the 8 there are", "1, 2, 4, 8", 8),
-        (8, 8, 1000, "1000 KV heads are more than the 8 there are", "1, 2, 4, 8", 8),
-        (8, 2, 4, "4 KV heads are more than the 2 there are", "1, 2", 2),
-        (12, 6, 4, "4 KV heads do not divide the 6 there are", "1, 2, 3, 6", 3),
+        (8, 8, 9, "9 KV heads are more than the 8 query heads", "1, 2, 4, 8", 8),
+        (8, 2, 1000, "1000 KV heads are more than the 8 query heads", "1, 2, 4, 8", 8),
+        (8, 2, 3, "3 KV heads do not divide 8 query heads", "1, 2, 4, 8", 2),
+        (12, 6, 4, "4 KV heads do not divide the 6 there are", "1, 2, 3, 6, 12", 3),
+        (12, 4, 6, "6 KV heads are no multiple of the 4 there are", "1, 2, 4, 12", 4),
     ],
 )
 def test_kv_heads(tmp_path, query_heads, kv_heads, wanted, said, allowed, nearest):

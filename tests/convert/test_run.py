@@ -94,6 +94,48 @@ def test_a_grouped_parent_is_grouped_further(tmp_path):
     torch.testing.assert_close(child[name], pooled(parent[name], heads=4), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["llama", "qwen2"])
+@pytest.mark.parametrize(("have", "want"), [(2, 4), (2, 8), (1, 8)])
+def test_repeated_heads_are_the_parents_and_compute_the_same(tmp_path, have, want, biased):
+    from transformers import AutoModelForCausalLM
+
+    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} if biased else {}
+    source = tiny_source(tmp_path / "parent", tiny_config(num_key_value_heads=have, **names), shards=2)
+    report = convert(source, tmp_path / "out", make_recipe(want, calibration_tokens=256, window=32))
+    assert report["approximations"] == [
+        "Nothing: every KV head is repeated, and the model computes what its parent computes."
+    ]
+    assert report["layers"][0]["groups"] == [[head * have // want] for head in range(want)]
+    child = all_tensors(tmp_path / "out")
+    for name, tensor in all_tensors(tmp_path / "parent").items():
+        if "k_proj" in name or "v_proj" in name:
+            by_head = tensor.view(have, 8, -1)
+            tensor = torch.stack([by_head[head * have // want] for head in range(want)]).view(
+                want * 8, *tensor.shape[1:]
+            )
+        assert torch.equal(child[name], tensor), name
+    tokens = torch.arange(20).view(2, 10)
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="eager") for name in ("parent", "out")
+    ]
+    before, after = (model(tokens).logits.detach() for model in models)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert f"repeated {want // have} times" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["svd", "mean"])
+@pytest.mark.parametrize("want", [4, 2, 1])
+def test_a_grouped_parent_loads_with_fewer_heads(tmp_path, method, want):
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(num_attention_heads=16, num_key_value_heads=8, head_dim=4)
+    source = tiny_source(tmp_path / "parent", config)
+    convert(source, tmp_path / "out", make_recipe(want, method))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.layers[2].self_attn.k_proj.weight.shape == (want * 4, 64)
+    assert torch.isfinite(model(torch.arange(20).view(2, 10)).logits).all()
+
+
 def test_mixed_dtypes_are_kept(tmp_path):
     tensors = tiny_tensors(tiny_config(), torch.bfloat16)
     for name in tensors:

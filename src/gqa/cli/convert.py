@@ -17,6 +17,7 @@ from gqa.units import format_bytes, format_seconds, parse_bytes, parse_tokens
 if TYPE_CHECKING:
     import numpy as np
 
+    from gqa.convert.job import Job
     from gqa.source import Source
 
 # Windows as in the trials behind the defaults; a shorter context bounds it.
@@ -50,7 +51,9 @@ gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-ru
 @click.command(cls=output.Command, examples=_EXAMPLES)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--kv-heads", type=int, required=True, help="KV heads of the result: a divisor of the parent's.")
+@click.option(
+    "--kv-heads", type=int, required=True, help="KV heads of the result: a divisor of the parent's, or a multiple."
+)
 @click.option("--method", type=click.Choice(METHODS), default="svd", show_default=True, help="How heads are merged.")
 @click.option(
     "--calibrate",
@@ -115,8 +118,8 @@ def command(
     )
     job = plan_conversion(source, recipe)
     text = read_text(texts) if texts else ""
-    _advise(recipe, job.identity)
-    for note in () if job.identity else job.layout.notes:
+    _advise(recipe, job)
+    for note in () if job.exact else job.layout.notes:
         output.note(f"note: {note}")
     inputs = {"model": model, "out": str(out), "texts": [str(path) for path in texts], "recipe": recipe.to_dict()}
     if dry_run:
@@ -130,7 +133,7 @@ def command(
     from gqa.convert.run import convert
 
     windows = None
-    if recipe.windows and not job.identity:
+    if recipe.windows and not job.exact:
         recipe, windows = _cut(recipe, source, text)
     names = [str(path) for path in texts]
     with output.progress() as progress:
@@ -144,9 +147,11 @@ def command(
     output.note(f"next: gqa eval {out} --text {text_name} --parent {model}   (best on text that was not used here)")
 
 
-def _advise(recipe: Recipe, identity: bool) -> None:
-    if identity:
+def _advise(recipe: Recipe, job: Job) -> None:
+    if job.identity:
         output.note("note: the parent has that many KV heads already; every tensor is copied")
+    elif job.repeats:
+        output.note("note: every KV head of the parent is repeated, which is exact; the method has no part in it")
     elif recipe.baseline and recipe.calibration_tokens:
         output.note(f"note: {recipe.method} alone looks at no text; --refit or --refine would")
     elif recipe.method not in BASELINES and not recipe.calibration_tokens:

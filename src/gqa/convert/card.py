@@ -44,10 +44,12 @@ def convert_command(model: str, out: str, recipe: Recipe, texts: Sequence[str]) 
     return shlex.join(words)
 
 
-def approximations(recipe: Recipe, identity: bool) -> list[str]:
+def approximations(recipe: Recipe, kv_heads_parent: int) -> list[str]:
     """Sentences on what the result does not share with its parent."""
-    if identity:
+    if recipe.kv_heads == kv_heads_parent:
         return ["Nothing: the parent has that many KV heads already, and every tensor is copied."]
+    if recipe.kv_heads > kv_heads_parent:
+        return ["Nothing: every KV head is repeated, and the model computes what its parent computes."]
     said = ["Heads that shared nothing before now share keys and values, so the logits differ from the parent's."]
     if recipe.method in ("svd", "procrustes"):
         said.append(
@@ -89,7 +91,9 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         "",
         "## How it was made",
         "",
-        f"Method `{recipe.method}`: {_METHODS[recipe.method]}.",
+        f"Every KV head is repeated {heads // before} times, so that more devices can share them in tensor parallelism."
+        if heads > before
+        else f"Method `{recipe.method}`: {_METHODS[recipe.method]}.",
         "",
         "```",
         command,

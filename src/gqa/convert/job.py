@@ -45,9 +45,19 @@ class Job:
         return not self.changes
 
     @property
+    def repeats(self) -> bool:
+        """More KV heads are wanted than the parent has: each is repeated, and nothing is lost or looked at."""
+        return self.recipe.kv_heads > self.parent.kv_heads
+
+    @property
+    def exact(self) -> bool:
+        """The result computes what its parent computes, whatever the method."""
+        return self.identity or self.repeats
+
+    @property
     def pooled(self) -> bool:
         """Layers are computed while they are written: nothing of them waits in the work folder."""
-        return self.recipe.baseline
+        return self.recipe.baseline or self.repeats
 
     def metadata(self, shard: str) -> dict[str, str]:
         """What the header of a file says beside its tensors; transformers wants the format told."""
@@ -128,6 +138,8 @@ class Job:
 
     def _steps(self) -> list[str]:
         recipe = self.recipe
+        if self.repeats:
+            return [f"repeat each KV head {recipe.kv_heads // self.parent.kv_heads} times"]
         steps = [f"group heads ({recipe.grouping})", f"merge ({recipe.method})"]
         if recipe.refit:
             steps += ["refit W_q and W_k", "refit W_o"]
@@ -156,7 +168,7 @@ def plan_conversion(source: Source, recipe: Recipe) -> Job:
     if recipe.kv_heads != parent.kv_heads:
         for layer in range(len(child.layers)):
             shapes = layout.attention_shapes(child, layer)
-            names = layout.changing(layer, pooled=recipe.baseline)
+            names = layout.changing(layer, pooled=recipe.baseline or recipe.kv_heads > parent.kv_heads)
             changes[layer] = tuple(
                 replace(checkpoint.entry(name), shape=shapes[name]) for name in names if name in checkpoint
             )
@@ -169,15 +181,18 @@ def plan_conversion(source: Source, recipe: Recipe) -> Job:
 
 
 def _check_kv_heads(parent: ModelShape, kv_heads: int) -> None:
-    """Heads are merged, never made: the parent's KV heads bound the dial, also where they are grouped already."""
+    """Heads are merged or repeated, never made: a divisor of the parent's KV heads, or a multiple of them that divides
+    the query heads."""
     have, queries = parent.kv_heads, parent.query_heads
-    choices = kv_head_choices(have)
+    choices = kv_head_choices(have) + tuple(n for n in kv_head_choices(queries) if n > have and not n % have)
     if kv_heads in choices:
         return
-    if kv_heads > have:
-        what = f"{kv_heads} KV heads are more than the {have} there are"
+    if kv_heads > queries:
+        what = f"{kv_heads} KV heads are more than the {queries} query heads"
     elif queries % kv_heads:
         what = f"{kv_heads} KV heads do not divide {queries} query heads"
+    elif kv_heads > have:
+        what = f"{kv_heads} KV heads are no multiple of the {have} there are"
     else:
         what = f"{kv_heads} KV heads do not divide the {have} there are"
     nearest = min(choices, key=lambda choice: abs(choice - kv_heads))

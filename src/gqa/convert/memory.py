@@ -82,7 +82,7 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
             allowed=f"about {format_bytes(least)} or more",
             hint=None if not job.recipe.windows else "a shorter --window, or mean, which takes little",
         )
-    return bool(job.recipe.windows)
+    return bool(job.recipe.windows) and not job.pooled
 
 
 def available_bytes() -> int | None:

@@ -1,4 +1,6 @@
-"""Pooling alone (mean, first, random): W_q and W_o stay byte for byte, so a layer is computed while it is written.
+"""Pooling alone (mean, first, random), and repeating heads: W_q and W_o stay byte for byte.
+
+A layer is so soon computed that it is done while the file is written that it goes to.
 
 Letters: H KV heads of the parent · r of them share one in the child · D head dim · E inputs (with bias column).
 """
@@ -29,12 +31,15 @@ _AHEAD = 1
 
 
 def pool(weights: AttentionWeights, shape: LayerShape, layout: Layout, recipe: Recipe, layer: int) -> AttentionWeights:
-    """The layer with K and V of `recipe.kv_heads` heads, each made of r = H / kv_heads neighbours.
+    """The layer with K and V of `recipe.kv_heads` heads, each made of r = H / kv_heads neighbours; or, where these are
+    more than H, every head kv_heads / H times over, bit for bit, whatever the method.
 
     One group at a time, in float32 for tensors of 16 bits (whose sums of r it holds to 2^-24) and in float64 for
     wider ones. The same layer gives the same numbers whenever it is asked for. Heads with norm factors of their own
     share them as they do keys.
     """
+    if recipe.kv_heads > shape.kv_heads:
+        return _repeat(weights, shape, layout, recipe.kv_heads // shape.kv_heads)
     generator = torch.Generator().manual_seed(layer_seed(recipe, layer))
     keys = _rows(weights.k, weights.k_bias, shape.kv_heads)
     values = _rows(weights.v, weights.v_bias, shape.kv_heads)
@@ -70,6 +75,9 @@ def pooled_reports(job: Job) -> list[dict[str, Any]]:
 
 
 def groups_of(shape: LayerShape, recipe: Recipe) -> Groups:
+    """The parent's KV heads behind each of the child's."""
+    if recipe.kv_heads > shape.kv_heads:
+        return [[head * shape.kv_heads // recipe.kv_heads] for head in range(recipe.kv_heads)]
     return contiguous(shape.kv_heads, recipe.kv_heads)
 
 
@@ -117,6 +125,21 @@ class PooledLayers:
         tensors = {entry.name: as_stored(job, entry.name, named[entry.name]) for entry in job.changes[layer]}
         assert all(tuple(tensors[entry.name].shape) == entry.shape for entry in job.changes[layer])
         return tensors
+
+
+def _repeat(weights: AttentionWeights, shape: LayerShape, layout: Layout, times: int) -> AttentionWeights:
+    """Every KV head `times` times in a row: query head n = h * G + g, which read head h, reads head n // (G / times),
+    which is one of its copies."""
+
+    def repeated(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        by_head = rows.view(shape.kv_heads, -1, *rows.shape[1:])
+        return by_head.repeat_interleave(times, 0).flatten(0, 1)
+
+    own_norm = layout.norm is not None and not layout.norm.shared
+    fields = ("k", "v", "k_bias", "v_bias", *(("k_norm",) if own_norm else ()))
+    return dataclasses.replace(weights, **{field: repeated(getattr(weights, field)) for field in fields})
 
 
 def _norm(factors: Tensor | None, shape: LayerShape, layout: Layout, recipe: Recipe) -> Tensor | None:

@@ -92,7 +92,7 @@ def describe(
         "kv_bytes_per_token_parent": _kv_bytes_per_token(job.parent, key),
         "kv_bytes_per_token": _kv_bytes_per_token(job.child, key),
         "layers": list(layers),
-        "approximations": [*approximations(job.recipe, job.identity), *job.layout.notes],
+        "approximations": [*approximations(job.recipe, job.parent.kv_heads), *(() if job.exact else job.layout.notes)],
         "file": REPORT,
     }
 

@@ -160,7 +160,7 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
 def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
     """The windows of text that the recipe uses: as many as it says, or GqaError."""
     recipe = job.recipe
-    if job.identity or not recipe.windows:
+    if job.exact or not recipe.windows:
         return None
     wanted = f"({recipe.windows} or more, {recipe.window}) token ids"
     if windows is None or windows.ndim != 2 or windows.shape[1] != recipe.window or len(windows) < recipe.windows:
