@@ -74,18 +74,21 @@ def test_copies_convert_back(tmp_path, name, calibrated):
         assert (logits(pooled) - wanted).abs().max() > 0.1 * scale
 
 
-@pytest.mark.parametrize("method", ["mean", "svd", "procrustes"])
 @pytest.mark.parametrize("name", ROWS)
-def test_fewer_heads_load_without_a_word(tmp_path, name, method):
+def test_fewer_heads_load_without_a_word_and_svd_loses_less(tmp_path, name):
     row = ROWS[name]
     parent = tiny_model(row, **row.multi_head)
-    child, report = converted(row, parent, tmp_path, recipe_of(1, method, calibrated=method == "svd"))
-    assert report["kv_heads"] == 1
-    assert torch.isfinite(logits(child)).all()
-    assert (logits(child) - logits(parent)).abs().max() > 0.01  # different heads do share
+    exact = logits(parent, WINDOWS)
+    lost = {}
+    for method in ("mean", "svd"):
+        recipe = recipe_of(row.kv_heads, method, calibrated=method == "svd")
+        child, report = converted(row, parent, tmp_path / method, recipe)
+        assert report["kv_heads"] == row.kv_heads
+        lost[method] = float((logits(child, WINDOWS) - exact).square().mean())
+    assert 0 < lost["svd"] < 0.9 * lost["mean"]
 
 
-NORMED = ("gemma3", "qwen3", "cohere, norms", "olmo2")
+NORMED = ("gemma3", "qwen3", "qwen3_moe", "cohere, norms", "olmo2")
 REFITTED = [name for name, row in ROWS.items() if name not in NORMED and not row.settings.get("alibi")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,9 +52,13 @@ _WIDE = {"head_dim": 20}
 _MIXTURE = {"num_local_experts": 3, "num_experts_per_tok": 2}
 _UNNAMED = {"num_key_value_heads": None, "intermediate_size": None}  # keys that the class has not
 _FALCON = _UNNAMED | {"ffn_hidden_size": 56}
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 ROWS = {
+    "llama": Row("llama", _WIDE | {"attention_bias": True}),
+    "mistral": Row("mistral", _WIDE | {"sliding_window": WINDOW}),
+    "qwen2": Row("qwen2"),
     "mixtral": Row("mixtral", _WIDE | _MIXTURE, error=_ROUNDED, dtype=torch.float32),
     "gemma": Row("gemma", _WIDE),
     "gemma2": Row(
@@ -61,6 +66,13 @@ ROWS = {
     ),
     "gemma3": Row("gemma3_text", _WIDE | {"sliding_window": WINDOW, "sliding_window_pattern": 2}, error=_ROUNDED),
     "qwen3": Row("qwen3", _WIDE, error=_ROUNDED),
+    "qwen2_moe": Row(
+        "qwen2_moe",
+        _EXPERTS | {"shared_expert_intermediate_size": 24},
+        error=_ROUNDED,
+        dtype=torch.float32,
+    ),
+    "qwen3_moe": Row("qwen3_moe", _WIDE | _EXPERTS, error=_ROUNDED, dtype=torch.float32),
     "starcoder2": Row("starcoder2", {"use_bias": True, "sliding_window": WINDOW}),
     "granite": Row("granite", {"attention_multiplier": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}),
     "cohere": Row("cohere", error=_ROUNDED),
@@ -121,6 +133,8 @@ def _pairwise(shape: torch.Size, model_type: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    tokens = torch.randint(3, VOCAB, (3, TOKENS), generator=torch.Generator().manual_seed(1))
-    return model(tokens).logits
+def logits(model: Any, windows: np.ndarray | None = None) -> torch.Tensor:
+    """Of these windows (N, T), or of some others."""
+    if windows is None:
+        windows = np.random.default_rng(1).integers(3, VOCAB, (3, TOKENS))
+    return model(torch.from_numpy(windows)).logits
