@@ -143,7 +143,7 @@ def test_the_error_of_the_style_guide(tmp_path):
     ("arguments", "said"),
     [
         (("--kv-heads", 3), "3 KV heads do not divide 8 query heads"),
-        (("--kv-heads", 16), "16 KV heads are more than the 8 there are"),
+        (("--kv-heads", 16), "16 KV heads are more than the 8 query heads"),
         (("--kv-heads", 0), "kv heads out of range"),
         (("--kv-heads", "two"), "not a valid integer"),
         ((), "Missing option '--kv-heads'"),
