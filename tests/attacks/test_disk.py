@@ -49,17 +49,17 @@ def test_a_disk_that_fills_up_under_way(tmp_path, monkeypatch, room):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "stage"),
+    ("recipe", "moment"),
     [(SVD, "convert layers"), (SVD, "write files"), (MEAN, "write files")],
     ids=["svd, layers", "svd, files", "mean, files"],
 )
-def test_a_real_disk_that_somebody_else_fills(tmp_path, recipe, stage):
+def test_a_real_disk_that_somebody_else_fills(tmp_path, recipe, moment):
     """On a file system of 4 MiB, full from one moment of the conversion on, then free again."""
     source = tiny_source(tmp_path / "m", shards=2)
     with mounted(tmp_path / "disk", "size=4m") as disk:
 
-        def fill(what, done, total, note=""):
-            if what.startswith(stage) and not (disk / "ballast").exists():
+        def fill(stage, done, total, note=""):
+            if stage.startswith(moment) and not (disk / "ballast").exists():
                 with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as stream:
                     while True:
                         stream.write(bytes(4096))

@@ -45,10 +45,22 @@ _EXAMPLES = """
 gqa convert ./my-mha-model ./my-gqa-model --kv-heads 8 --calibrate corpus.txt
 gqa convert ./my-mha-model ./my-mqa-model --kv-heads 1 --calibrate corpus.txt --refine 32k
 gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-run
+gqa convert --verify ./my-mha-model ./my-gqa-model
 """
 
 
-@click.command(cls=output.Command, examples=_EXAMPLES)
+class _Command(output.Command):
+    """With --verify it is another command, which converts nothing and takes other arguments."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        if "--verify" not in args:
+            return super().make_context(info_name, args, *more, **extra)
+        from gqa.cli.verify import command as verify
+
+        return verify.make_context(info_name, [word for word in args if word != "--verify"], *more, **extra)
+
+
+@click.command(cls=_Command, examples=_EXAMPLES)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -72,6 +84,9 @@ gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-ru
 @click.option("--memory", metavar="SIZE", help="What the conversion may take, such as 8GiB.  [default: what is free]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@click.option(
+    "--verify", is_flag=True, expose_value=False, help="Instead: gqa convert --verify [MODEL] OUT reads OUT again."
+)
 @output.json_option
 def command(
     model: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -102,14 +103,41 @@ def _kv_bytes_per_token(shape: ModelShape, key: TensorEntry) -> int:
     return sum(layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in shape.layers) * DTYPE_BYTES[key.dtype]
 
 
-def write_text_files(job: Job, result: Path, report: Mapping[str, Any], out: Path, identity: Mapping[str, Any]) -> None:
-    """config.json, the index of the shards, the model card and the report for programs."""
+def write_text_files(
+    job: Job,
+    result: Path,
+    report: Mapping[str, Any],
+    out: Path,
+    identity: Mapping[str, Any],
+    shards: Mapping[str, Any],
+) -> None:
+    """config.json, the index of the shards, the model card and the report for programs, with the hashes of all that
+    was written. shards: those of the weight files, as hash_shard gives them."""
     write_text_atomic(result / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
     if job.checkpoint.sharded:
         write_index(result / INDEX, job.shards)
     write_text_atomic(result / "README.md", model_card(report, out.name))
     document = {"format": _FORMAT, "identity": identity, "report": report, "versions": describe_versions()}
-    write_text_atomic(result / REPORT, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    files = sorted(path for path in result.rglob("*") if path.is_file() and path.name not in shards)
+    hashes = {str(path.relative_to(result)): _sha256(path.read_bytes()) for path in files}
+    document["sha256"] = {"shards": {name: shards[name] for name in sorted(shards)}, "files": hashes}
+    document["sha256"]["record"] = record_sha256(document)
+    write_text_atomic(result / REPORT, record_text(document))
+
+
+def record_text(document: Mapping[str, Any]) -> str:
+    """The report for programs as its file holds it."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def record_sha256(document: Mapping[str, Any]) -> str:
+    """The hash of a report for programs, but for the place where this hash stands."""
+    others = {name: value for name, value in document.get("sha256", {}).items() if name != "record"}
+    return _sha256(json.dumps({**document, "sha256": others}, sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def verify(job: Job, result: Path) -> None:

@@ -100,10 +100,10 @@ def _work(
     journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
     try:
         reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, calibration, progress)
-        write_shards(job, journal, progress)
+        hashes = write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
         report = describe(job, reports, identity, texts)
-        write_text_files(job, journal.result, report, out, identity)
+        write_text_files(job, journal.result, report, out, identity, hashes)
         verify(job, journal.result)
         job.checkpoint.check_unchanged()
     except GqaError:

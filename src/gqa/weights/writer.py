@@ -59,7 +59,7 @@ def write_unpublished(
 ) -> None:
     """`write_shard` up to the complete file, which `publish` brings to the disk and under its name."""
     entries = in_file_order(entries)
-    temporary = _unpublished(path)
+    temporary = unpublished(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(make_header(entries, metadata))
@@ -74,7 +74,7 @@ def write_unpublished(
 
 def publish(path: Path) -> None:
     """Wait until what `write_unpublished` wrote is on the disk, and give it its name."""
-    temporary = _unpublished(path)
+    temporary = unpublished(path)
     try:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -85,7 +85,8 @@ def publish(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _unpublished(path: Path) -> Path:
+def unpublished(path: Path) -> Path:
+    """Where the bytes of a file lie until `publish` gives it its name."""
     return path.with_name(path.name + ".tmp")
 
 
