@@ -95,7 +95,9 @@ class PooledLayers:
         self._order = collections.deque(layer for layer, _ in itertools.groupby(order))
         self._coming: collections.deque[tuple[int, Future[dict[str, Tensor]]]] = collections.deque()
         self._layer, self._tensors = -1, {}
-        self._worker = ThreadPoolExecutor(1, "pool")
+        # One thread has the time: more of them would wait for one another, and keep the cores from the copying.
+        self._worker = ThreadPoolExecutor(1, "pool", initializer=torch.set_num_threads, initargs=(1,))
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> PooledLayers:
         self._look_ahead()
@@ -103,6 +105,7 @@ class PooledLayers:
 
     def __exit__(self, *error: object) -> None:
         self._worker.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
     def tensor(self, layer: int, name: str) -> Tensor:
         if layer != self._layer:

@@ -29,6 +29,7 @@ from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import describe_versions
 from gqa.source import Source
+from gqa.units import format_seconds
 from gqa.weights.writer import check_space, sync_folder, write_tensors
 
 
@@ -143,7 +144,8 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
         calibration.states,
         len(journal.reports),
     )
-    for layer in range(engine.at, total):
+    started, first = time.perf_counter(), engine.at
+    for layer in range(first, total):
         if layer < len(journal.reports):
             engine.replay(layer, job.layout.read_attention(StoredLayer(job, journal.layer_path(layer)), layer))
         else:
@@ -152,7 +154,10 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
             write_tensors(journal.layer_path(layer), tensors, {})
             journal.finish_layer({**report, "layer": layer, "tensors_changed": len(tensors)})
         error = journal.reports[layer].get("output_error")
-        progress("convert layers", layer + 1, total, "" if error is None else f"output error {error:.2%}")
+        left = (time.perf_counter() - started) / (layer + 1 - first) * (total - layer - 1)
+        notes = [] if error is None else [f"output error {error:.2%}"]
+        notes += [f"about {format_seconds(left)} left"] if left > 1 else []
+        progress("convert layers", layer + 1, total, ", ".join(notes))
     journal.forget_states()
     return journal.reports
 
