@@ -17,6 +17,7 @@ import torch
 
 from gqa.config import LayerShape, ModelShape, parse_config
 from gqa.errors import GqaError
+from gqa.weights.finite import all_finite
 from gqa.weights.reader import Checkpoint
 
 # Arithmetic on anything else (integers, fp8 codes) would not be a conversion.
@@ -148,7 +149,7 @@ class Layout:
             if name not in checkpoint and fields[0] not in "qkvo":
                 continue
             tensor = checkpoint.read(name)
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise GqaError(f"tensor {name} holds NaN or infinite values", allowed="finite weights")
             parts = (tensor,) if len(fields) == 1 else self._parted(tensor)
             tensors |= dict(zip(fields, parts, strict=True))
