@@ -4,13 +4,14 @@ import contextlib
 import io
 import logging
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.architectures import ROWS, TOKENS, VOCAB, Row, logits, tiny_model
 from helpers.models import as_scrambled_mha
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from gqa.cli.main import main
@@ -145,3 +146,27 @@ def test_options_that_are_not_understood_are_named(tmp_path, model_type, tensor)
     model = tiny_model(Row(model_type, {"qk_layernorm": True}))
     with pytest.raises(GqaError, match=rf"self_attn\.{tensor} is not part of a {model_type} attention"):
         converted(ROWS[model_type], model, tmp_path, recipe_of(1, "svd", calibrated=False))
+
+
+@pytest.mark.parametrize("method", ["mean", "svd"])
+def test_the_text_decoder_of_a_multimodal_model(tmp_path, method):
+    row = ROWS["gemma3"]
+    text = tiny_model(row, **row.multi_head)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text.config.to_dict(),
+        vision_config=sizes | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=90,
+    )
+    torch.manual_seed(0)
+    model: Any = Gemma3ForConditionalGeneration(config)
+    model.to(row.dtype)
+    inner = {name.removeprefix("model."): tensor for name, tensor in text.model.state_dict().items()}
+    model.model.language_model.load_state_dict(inner)
+    child, report = converted(row, model, tmp_path, recipe_of(2, method, calibrated=method == "svd"))
+    assert child.config.text_config.num_key_value_heads == 2
+    alone, alone_report = converted(row, text, tmp_path / "alone", recipe_of(2, method, calibrated=method == "svd"))
+    torch.testing.assert_close(logits(child), logits(alone), rtol=0, atol=row.error)
+    errors = [[layer.get("output_error", 0) for layer in one["layers"]] for one in (report, alone_report)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -105,7 +105,7 @@ def test_architectures_without_kv_heads_are_refused_with_the_reason(model_type):
 
 
 _ALWAYS = {"model_types", "notes", "embedding", "attention", "shapes"}
-_SOMETIMES = {"notes_if", "stacked", "positions", "eager"}
+_SOMETIMES = {"decoder", "notes_if", "stacked", "positions", "eager"}
 _ROLES = {"layer", "query", "key", "value", "output", "rotary", "untouched"}
 _MORE_ROLES = {"query_norm", "key_norm", "sinks", "norm", "fused"}
 

@@ -4,7 +4,7 @@
 """
 
 from gqa.config.child import child_config
-from gqa.config.parse import MAX_TOKENS, parse_config
+from gqa.config.parse import MAX_TOKENS, parse_config, text_part
 from gqa.config.shape import (
     Details,
     Experts,
@@ -26,4 +26,5 @@ __all__ = [
     "child_config",
     "kv_head_choices",
     "parse_config",
+    "text_part",
 ]

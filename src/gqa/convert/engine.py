@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa.config import child_config, parse_config
+from gqa.config import child_config, parse_config, text_part
 from gqa.convert import grouping, heads, refine, scores
 from gqa.convert.calibrate import BATCH, Block, first_hidden, second_moment
 from gqa.convert.merge import METHODS
@@ -51,8 +51,8 @@ class Engine:
         finished: int = 0,
     ) -> None:
         self.checkpoint, self.layout, self.recipe, self.progress = checkpoint, layout, recipe, progress
-        self.parent_config = dict(config)
-        self.child_config = child_config(config, recipe.kv_heads)
+        self.parent_config = dict(text_part(config))
+        self.child_config = dict(text_part(child_config(config, recipe.kv_heads)))
         self.shapes = parse_config(config, layout.model_type).layers
         self.hidden: tuple[States, ...] = ()  # before the next layer: the parent's, the child's
         self.at = finished  # without calibration text no layer depends on another
@@ -139,7 +139,7 @@ class Engine:
         return self.store.keep(name, batches, len(self.hidden[0]))
 
     def _embedded(self, windows: np.ndarray) -> Tensor:
-        before = {name: self.checkpoint.read_finite(name) for name in self.layout.before}
+        before = {self.layout.in_decoder(name): self.checkpoint.read_finite(name) for name in self.layout.before}
         return first_hidden(self.parent_config, before, windows, layer_path=self._layer_path, dtype=self.dtype)
 
     def _merge(
@@ -189,7 +189,7 @@ class Engine:
 
     @property
     def _layer_path(self) -> str:
-        return self.layout.layer_prefix(0).rstrip(".")
+        return self.layout.in_decoder(self.layout.layer_prefix(0)).rstrip(".")
 
     def _attention_of(self, layer: int, block: Block) -> AttentionWeights:
         prefix = self.layout.layer_prefix(layer)

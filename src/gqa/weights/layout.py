@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from gqa.config import LayerShape, ModelShape, parse_config
+from gqa.config import LayerShape, ModelShape, parse_config, text_part
 from gqa.errors import GqaError
 from gqa.weights.finite import all_finite
 from gqa.weights.reader import Checkpoint
@@ -89,12 +89,17 @@ class Layout:
     stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fused: Literal["", "roles", "groups"] = ""  # how q, k and v lie in one tensor, if they do
     heads: LayerShape | None = None  # of a fused layout: without it rows could not be told apart
+    decoder: str = ""  # of a multimodal model: what stands before the names of its text decoder's tensors
     eager: bool = False  # scores meet something that torch's own attention cannot do: soft caps, sinks
 
     @property
     def before(self) -> tuple[str, ...]:
         """The tensors that make the hidden states before the first layer."""
         return (self.embedding,) if self.positions is None else (self.embedding, self.positions)
+
+    def in_decoder(self, name: str) -> str:
+        """A name of the checkpoint as the text decoder alone would have it."""
+        return name.removeprefix(self.decoder)
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with: `model.layers.3.`"""
@@ -289,6 +294,9 @@ def load_layout(model_type: str, config: Mapping[str, object] | None = None) -> 
     config: the raw config.json, which decides the notes that not every model needs and how a fused tensor is parted.
     """
     tables = _tables()
+    outer = (config or {}).get("model_type")
+    if isinstance(outer, str) and outer in tables:  # a multimodal model: its parts have types of their own
+        model_type = outer
     if model_type in tables:
         return _layout(model_type, tables[model_type], config or {})
     unsupported = tomllib.loads(_data().joinpath("unsupported.toml").read_text(encoding="utf-8"))
@@ -309,9 +317,10 @@ def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, obje
         modules={field: attention[role] for role, field in _ROLES.items() if role in attention},
         untouched=tuple(attention["untouched"]),
         shapes={name: tuple(dimensions) for name, dimensions in table["shapes"].items()},
-        notes=(*table["notes"], *(note for key, note in notes_if.items() if config.get(key))),
+        notes=(*table["notes"], *(note for key, note in notes_if.items() if text_part(config).get(key))),
         norm=Norm(**attention["norm"]) if "norm" in attention else None,
         positions=table.get("positions"),
+        decoder=table.get("decoder", ""),
         fused=fused,
         heads=parse_config(config, model_type).layers[0] if fused and config else None,
         eager=table.get("eager", False),
