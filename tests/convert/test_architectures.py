@@ -89,6 +89,14 @@ def test_fewer_heads_load_without_a_word_and_svd_loses_less(tmp_path, name):
     assert 0 < lost["svd"] < 0.9 * lost["mean"]
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_repeated_heads_change_nothing(tmp_path, name):
+    row = ROWS[name]
+    grouped = tiny_model(row)
+    child, _ = converted(row, grouped, tmp_path, recipe_of(4, "svd", calibrated=False))
+    torch.testing.assert_close(logits(child), logits(grouped), rtol=0, atol=row.error * float(logits(grouped).std()))
+
+
 NORMED = ("gemma3", "qwen3", "qwen3_moe", "cohere, norms", "olmo2")
 REFITTED = [name for name, row in ROWS.items() if name not in NORMED and not row.settings.get("alibi")]
 
