@@ -140,12 +140,12 @@ def record_anew(out):
 
     path = out / "gqa-conversion.json"
     document = json.loads(path.read_text())
-    for name in document["sha256"]["shards"]:
+    for name in document["hashes"]["shards"]:
         shard = read_header(out / name)
         with (out / name).open("rb") as stream:
             first = min(entry.start for entry in shard.tensors.values())
-            document["sha256"]["shards"][name] = hash_shard(stream, first, shard.tensors.values())
-    document["sha256"]["record"] = record_sha256(document)
+            document["hashes"]["shards"][name] = hash_shard(stream, first, shard.tensors.values())
+    document["hashes"]["record"] = record_sha256(document)
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
@@ -181,7 +181,7 @@ def test_folders_that_no_conversion_made(made, out, tmp_path):
     with pytest.raises(GqaError, match=r"gqa-conversion\.json"):
         verify(write_checkpoint(tmp_path / "plain"))
     document = json.loads((out / "gqa-conversion.json").read_text())
-    del document["sha256"]
+    del document["hashes"]
     (out / "gqa-conversion.json").write_text(json.dumps(document))
     with pytest.raises(GqaError, match="records no hashes"):
         verify(out)

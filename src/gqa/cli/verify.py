@@ -30,7 +30,7 @@ def command(context: click.Context, folders: tuple[str, ...], as_json: bool) -> 
     Every tensor is read: its bytes, shape and dtype, and that its values are finite. With MODEL, the parent it was
     converted from, what the conversion leaves alone is compared with it byte for byte. Exit code 1: something is off.
     """
-    if len(folders) > 2:
+    if not 1 <= len(folders) <= 2:
         raise GqaError("too many folders to verify", got=" ".join(folders), allowed="OUT, or MODEL and OUT")
     from gqa.convert.verify import verify
     from gqa.source import open_checkpoint

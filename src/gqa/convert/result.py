@@ -120,8 +120,8 @@ def write_text_files(
     document = {"format": _FORMAT, "identity": identity, "report": report, "versions": describe_versions()}
     files = sorted(path for path in result.rglob("*") if path.is_file() and path.name not in shards)
     hashes = {str(path.relative_to(result)): _sha256(path.read_bytes()) for path in files}
-    document["sha256"] = {"shards": {name: shards[name] for name in sorted(shards)}, "files": hashes}
-    document["sha256"]["record"] = record_sha256(document)
+    document["hashes"] = {"shards": {name: shards[name] for name in sorted(shards)}, "files": hashes}
+    document["hashes"]["record"] = record_sha256(document)
     write_text_atomic(result / REPORT, record_text(document))
 
 
@@ -132,8 +132,8 @@ def record_text(document: Mapping[str, Any]) -> str:
 
 def record_sha256(document: Mapping[str, Any]) -> str:
     """The hash of a report for programs, but for the place where this hash stands."""
-    others = {name: value for name, value in document.get("sha256", {}).items() if name != "record"}
-    return _sha256(json.dumps({**document, "sha256": others}, sort_keys=True).encode())
+    others = {name: value for name, value in document.get("hashes", {}).items() if name != "record"}
+    return _sha256(json.dumps({**document, "hashes": others}, sort_keys=True).encode())
 
 
 def _sha256(data: bytes) -> str:

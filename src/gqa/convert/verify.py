@@ -22,6 +22,7 @@ from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.source import Source, check_file, read_json
 from gqa.weights.finite import all_finite
+from gqa.weights.hashes import hash_bytes
 from gqa.weights.header import Shard, is_name, read_header
 from gqa.weights.layout import load_layout
 from gqa.weights.reader import Checkpoint, read_tensor
@@ -59,7 +60,7 @@ def verify(out: str | Path, source: Source | None = None, progress: Progress = s
         "out": str(out),
         "sound": not found,
         "tensors": total,
-        "files": len(record["sha256"]["shards"]) + len(record["sha256"]["files"]) + 1,
+        "files": len(record["hashes"]["shards"]) + len(record["hashes"]["files"]) + 1,
         "tensors_compared_with_parent": compared,
         "differences": [{"where": where, "what": what} for where, what in found],
     }
@@ -69,7 +70,7 @@ def _read_record(out: Path) -> dict[str, Any]:
     if not out.is_dir():
         raise GqaError("no converted folder at this path", got=out)
     record = read_json(out / REPORT, out)
-    hashes = record.get("sha256")
+    hashes = record.get("hashes")
     if not isinstance(hashes, dict) or not all(isinstance(hashes.get(key), dict) for key in ("shards", "files")):
         raise GqaError(
             f"{REPORT} records no hashes", got=out, allowed="a folder that this gqa converted", hint="convert again"
@@ -85,7 +86,7 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 
 def _tensor_names(record: Mapping[str, Any]) -> list[str]:
-    return [name for hashes in record["sha256"]["shards"].values() for name in hashes["tensors"]]
+    return [name for hashes in record["hashes"]["shards"].values() for name in hashes["tensors"]]
 
 
 def _plan(source: Source, record: Mapping[str, Any]) -> Job:
@@ -109,13 +110,13 @@ def _plan(source: Source, record: Mapping[str, Any]) -> Job:
 
 def _altered_record(out: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
     same = (out / REPORT).read_text(encoding="utf-8") == record_text(record)
-    if not same or record["sha256"].get("record") != record_sha256(record):
+    if not same or record["hashes"].get("record") != record_sha256(record):
         yield REPORT, "not as it was written"
 
 
 def _files(out: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
     """Files that are not weights."""
-    for name, expected in record["sha256"]["files"].items():
+    for name, expected in record["hashes"]["files"].items():
         if not os.path.lexists(out / name):
             yield name, "missing"
             continue
@@ -126,7 +127,7 @@ def _files(out: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
             continue
         if hashlib.sha256(content).hexdigest() != expected:
             yield name, "not as it was written"
-    known = record["sha256"]["shards"]
+    known = record["hashes"]["shards"]
     for path in sorted(out.glob("*.safetensors")):
         if path.name not in known:
             yield path.name, "a weight file that the conversion did not write"
@@ -134,7 +135,7 @@ def _files(out: Path, record: Mapping[str, Any]) -> Iterator[Difference]:
 
 def _shards(out: Path, record: Mapping[str, Any], found: list[Difference]) -> Iterator[tuple[Shard, dict[str, Any]]]:
     """The weight files that can be read, after what is wrong with their headers has been added to `found`."""
-    for name, hashes in record["sha256"]["shards"].items():
+    for name, hashes in record["hashes"]["shards"].items():
         if not os.path.lexists(out / name):
             found.append((name, "missing"))
             continue
@@ -143,23 +144,23 @@ def _shards(out: Path, record: Mapping[str, Any], found: list[Difference]) -> It
         except GqaError as error:
             found.append((name, f"{error.what}: {error.got}"))
             continue
-        if hashes.get("header") != _header_sha256(shard):
+        if hashes.get("header") != _header_hash(shard):
             found.append((name, "another header than was written"))
         found += [(tensor, "missing") for tensor in hashes["tensors"] if tensor not in shard.tensors]
         yield shard, hashes
 
 
-def _header_sha256(shard: Shard) -> str:
+def _header_hash(shard: Shard) -> str:
     first = min((entry.start for entry in shard.tensors.values()), default=shard.nbytes)
     with shard.path.open("rb") as stream:
-        return hashlib.sha256(stream.read(first)).hexdigest()
+        return hash_bytes(stream.read(first))
 
 
 def _tensor(shard: Shard, name: str, tensor: torch.Tensor, expected: str | None) -> Iterator[Difference]:
     if expected is None:
         yield name, "a tensor that the conversion did not write"
         return
-    if hashlib.sha256(_bytes(tensor).numpy().data).hexdigest() != expected:
+    if hash_bytes(_bytes(tensor).numpy().data) != expected:
         yield name, f"other bytes than were written, in {shard.name}"
     if tensor.dtype in _FLOATS and not all_finite(tensor):
         yield name, "NaN or infinite values"
