@@ -122,6 +122,17 @@ def test_scores_are_refitted_to_those_of_the_model(tmp_path, name):
     torch.testing.assert_close(output, block.attend(x), rtol=0, atol=row.error * 10)
 
 
+def test_alibi_keeps_query_heads_in_order(tmp_path):
+    """Copies that lie apart do not find together: their slopes would change places."""
+    row = ROWS["falcon, new decoder"]
+    spread = as_scrambled_mha(tiny_model(row), turn=False)  # the search pairs other heads than neighbours
+    _, free = converted(row, spread, tmp_path / "rotary", recipe_of(2, "svd", calibrated=False))
+    assert [layer["groups"] for layer in free["layers"]] != [[[0, 1], [2, 3]]] * 2
+    spread.config.alibi = True
+    _, kept = converted(row, spread, tmp_path / "alibi", recipe_of(2, "svd", calibrated=False))
+    assert [layer["groups"] for layer in kept["layers"]] == [[[0, 1], [2, 3]]] * 2
+
+
 def test_what_is_approximate_is_said_before_the_start_and_in_the_card(tmp_path):
     row = ROWS["olmo2"]
     _, report = converted(row, tiny_model(row, **row.multi_head), tmp_path, recipe_of(2, "svd", calibrated=True))

@@ -98,7 +98,9 @@ def test_unknown_architectures_name_the_known_ones():
     assert {"llama", "mistral", "qwen2", "gpt_oss"} <= set(str(caught.value.allowed).split(", "))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gptj", "gpt_neox", "bloom"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "opt", "gptj", "gpt_neox", "bloom", "codegen", "gpt_neo", "mpt", "deepseek_v3"]
+)
 def test_architectures_without_kv_heads_are_refused_with_the_reason(model_type):
     with pytest.raises(GqaError, match=f"{model_type} cannot have fewer KV heads: its class"):
         load_layout(model_type)
