@@ -160,8 +160,8 @@ def removed(folder: Path) -> None:
     subprocess.run(["sync", "-f", str(folder.parent)], check=True)
 
 
-def time_mean(parent: Path, nbytes: int, turns: int) -> list[dict[str, Any]]:
-    rows, copy, child = [], parent.with_name("copy"), parent.with_name("mean")
+def time_mean(parent: Path, nbytes: int, turns: int) -> Iterator[dict[str, Any]]:
+    copy, child = parent.with_name("copy"), parent.with_name("mean")
     for turn in range(turns):
         removed(copy)
         copied, _ = timed(["cp", "-r", parent, copy])
@@ -171,13 +171,13 @@ def time_mean(parent: Path, nbytes: int, turns: int) -> list[dict[str, Any]]:
         if not turn:
             check(parent, child, "mean")
         removed(child)
-        rows.append({
+        row = {
             "what": "mean", "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak,
             "cp_seconds": copied, "cp_bytes_per_second": nbytes / copied, "cp_seconds_to_disk": copied + to_disk,
             "share_of_cp": copied / seconds, "share_of_cp_to_disk": (copied + to_disk) / seconds,
-        })  # fmt: skip
-        tell(rows[-1])
-    return rows
+        }  # fmt: skip
+        tell(row)
+        yield row
 
 
 def time_once(what: str, parent: Path, nbytes: int, command: Sequence[str | Path], child: Path) -> dict[str, Any]:
@@ -243,8 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"mean", "svd"} & {*only}:
         with checkpoint("7b", chosen.gigabytes, chosen.place) as (parent, nbytes):
             if "mean" in only:
-                rows += time_mean(parent, nbytes, chosen.turns)
-                write()
+                for row in time_mean(parent, nbytes, chosen.turns):
+                    rows.append(row)
+                    write()
             if "svd" in only:
                 child = parent.with_name("svd")
                 rows.append(time_once("svd", parent, nbytes, gqa_convert(parent, child, "svd"), child))
