@@ -30,11 +30,10 @@ def repair() -> None:
     def casting(builder, source, kind, *_):
         return cast(builder, source, kind)
 
-    InterpreterBuilder.cast_impl = cast
-    InterpreterBuilder.create_fp_to_fp = convert
-    InterpreterBuilder.create_dot = dot
-    for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc"):
-        setattr(InterpreterBuilder, name, casting)
+    casts = ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc")
+    repaired = {"cast_impl": cast, "create_fp_to_fp": convert, "create_dot": dot} | dict.fromkeys(casts, casting)
+    for name, method in repaired.items():
+        setattr(InterpreterBuilder, name, method)
 
 
 def _widened(x):

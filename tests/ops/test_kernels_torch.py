@@ -104,12 +104,14 @@ def test_fake_gradients_have_the_real_strides(impl):
     backward = getattr(torch.ops.gqa, f"{impl}_backward").default
     offsets = [None, None] if impl == "triton" else []
 
-    def gradients(q, k, v, out, lse):
+    def gradients(*inputs):
+        q, k, v, out, lse = inputs
         return backward(q, k, v, out, lse, out, None, False, 2, None, None, 0.3, None, None, None, None, None, *offsets)
 
-    real = gradients(*leaves, out, lse)
+    inputs = [*leaves, out, lse]
+    real = gradients(*inputs)
     with FakeTensorMode() as mode:
-        fake = gradients(*map(mode.from_tensor, (*leaves, out, lse)))
+        fake = gradients(*map(mode.from_tensor, inputs))
     for a, b in zip(fake, real, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
