@@ -69,37 +69,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(
-    q: torch.Tensor,  # (B, H*G, T, D)
-    k: torch.Tensor,  # (B, H, S, D), or a pool (blocks, H, block, D)
-    v: torch.Tensor,  # (B, H, S, Dv), or a pool (blocks, H, block, Dv)
-    causal: bool,
-    q_start: int | None,
-    q_starts: torch.Tensor | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    kv_lengths: torch.Tensor | None,
-    kv_starts: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    q_offsets: torch.Tensor | None,
-    k_offsets: torch.Tensor | None,
-    want_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, H*G, T, Dv) in q's dtype, and lse (B, H*G, T) float32, or (0) without `want_lse`.
-
-    The options are those of `gqa.attention`. With q_offsets and k_offsets, (N + 1) each, B is 1 and N sequences lie end
-    to end; without q_start each of them is aligned bottom-right.
-    """
+def forward(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse: `plan_forward` with the same arguments, on the GPU where q is, and its launches run."""
     launches, out, lse = plan_forward(
-        q, k, v, causal, q_start, q_starts, window, scale, softcap, mask, sinks, kv_lengths, kv_starts, block_table,
-        k_scale, v_scale, q_offsets, k_offsets, want_lse,
-        capability=capability(q.device), multiprocessors=multiprocessors(q.device),
-    )  # fmt: skip
+        q, *arguments, capability=capability(q.device), multiprocessors=multiprocessors(q.device)
+    )
     with on_device(q):
         for launch in launches:
             launch.run()
@@ -112,9 +86,9 @@ def on_device(q: torch.Tensor) -> Any:
 
 
 def plan_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: torch.Tensor,  # (B, H*G, T, D)
+    k: torch.Tensor,  # (B, H, S, D), or a pool (blocks, H, block, D)
+    v: torch.Tensor,  # (B, H, S, Dv), or a pool (blocks, H, block, Dv)
     causal: bool,
     q_start: int | None,
     q_starts: torch.Tensor | None,
@@ -135,7 +109,12 @@ def plan_forward(
     capability: int,
     multiprocessors: int,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
-    """The kernels of `forward` in order, and where they write out and lse. Nothing is run: meta tensors will do."""
+    """The kernels of a forward in order, and where they write: out (B, H*G, T, Dv) in q's dtype, and lse (B, H*G, T)
+    float32, or (0) without `want_lse`. Nothing is run: meta tensors will do.
+
+    The options are those of `gqa.attention`. With q_offsets and k_offsets, (N + 1) each, B is 1 and N sequences lie end
+    to end; without q_start each of them is aligned bottom-right.
+    """
     from gqa.ops import triton_forward
 
     B, HG, T, D = q.shape
