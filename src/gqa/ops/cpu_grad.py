@@ -11,6 +11,7 @@ import torch
 from gqa.ops import call, compiled, cpu_backward, threads
 from gqa.ops.call import KINDS, dense, place, whole
 from gqa.ops.cpu_backward import BLOCK, MAX_ROWS, SCRATCH_BYTES, Job
+from gqa.ops.grad import sinks_gradient
 from gqa.ops.simd import WIDTH
 from gqa.ops.tiles import GROUP
 
@@ -82,8 +83,7 @@ def backward(
 
     d_sinks = q.new_empty(0)
     if sinks is not None:
-        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)
-        d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        d_sinks = sinks_gradient(sinks, lse, delta)
     dk, dv = dk[:, :, :S, :D], dv[:, :, :S, :Dv]
     return dq, dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), d_sinks
 

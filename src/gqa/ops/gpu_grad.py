@@ -8,6 +8,7 @@ import torch
 
 from gqa.ops import gpu
 from gqa.ops.call import dense, like_queries, whole
+from gqa.ops.grad import sinks_gradient
 from gqa.ops.launch import Launch
 from gqa.ops.triton_tiles import tile
 
@@ -48,9 +49,7 @@ def backward(
         for launch in launches:
             launch.run()
     if sinks is not None:
-        delta = launches[0].arguments["delta"]
-        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)
-        d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        d_sinks = sinks_gradient(sinks, lse, launches[0].arguments["delta"])
     return dq, dk, dv, d_sinks
 
 

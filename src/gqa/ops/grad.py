@@ -37,3 +37,10 @@ class Differentiable(torch.autograd.Function):
             window, scale, softcap, mask, sinks, lengths, starts, *offsets,
         )  # fmt: skip
         return None, dq, dk, dv, *(None,) * 7, None if sinks is None else d_sinks, *(None,) * (5 + len(offsets))
+
+
+def sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The gradient of sinks (H*G,): -sum over sequences and tokens of exp(sink - lse) * delta, both (B, H*G, T), where
+    delta = sum(dO * out) - d_lse, as the kernels have it. A row that sees nothing, not even a sink, adds none."""
+    weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)
+    return -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
