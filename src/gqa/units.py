@@ -56,6 +56,14 @@ def parse_tokens(text: str) -> int:
     return tokens
 
 
+def parse_share(text: str) -> float:
+    """`0.02` or `2%` -> 0.02."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})\s*(%?)\s*", text)
+    if not match:
+        raise GqaError("a share is not understood", got=repr(text), allowed="a number such as 0.02, or 2%")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def format_bytes(count: float) -> str:
     """Bytes -> a short text in binary units: `40.0 GiB`, `320 KiB`."""
     for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -78,13 +78,16 @@ def test_calibrated_and_refined_then_done_already(parent):
     assert results["recipe"]["refine_tokens"] == 64
     assert results["recipe"]["refit"]
     assert [layer["layer"] for layer in results["layers"]] == [0, 1, 2]
-    assert all(0 <= layer["output_error"] < 1 for layer in results["layers"])
+    assert all(0 <= layer["output_error"] <= layer["closed_form_error"] < 1 for layer in results["layers"])
+    assert all(0 < layer["hidden_error"] < 1 for layer in results["layers"])
+    assert results["measured"]["tokens"] == results["recipe"]["measure_tokens"] // 32 * 31 > 0
     assert results["kv_bytes_per_token"] * 2 == results["kv_bytes_per_token_parent"]
     before = folder_hashes(Path("out"))
     code, out, _ = gqa(*arguments)
     assert code == 0
     assert "was converted already" in out
-    assert "attention output error" in out
+    assert "hidden states on the calibration text are off" in out
+    assert "tokens of the text that no fit has seen (measured): " in out
     assert folder_hashes(Path("out")) == before
 
 
@@ -92,7 +95,7 @@ def test_the_cards_command_gives_the_same_conversion(parent):
     Path("text.txt").write_text(WORDS * 20)  # fewer tokens than the default wants
     code, _, err = gqa(parent, "out", "--kv-heads", 2, "--calibrate", "text.txt", "--window", 16, "--no-refit")
     assert code == 0, err
-    assert "fewer than the 32768 asked for" in err
+    assert "fewer than the 40960 asked for" in err
     line = next(line for line in Path("out", "README.md").read_text().splitlines() if line.startswith("gqa convert"))
     words = line.split()
     assert words[2:4] == ["parent", "out"]
@@ -100,6 +103,26 @@ def test_the_cards_command_gives_the_same_conversion(parent):
     code, _, err = gqa(parent, "again/out", *words[4:])
     assert code == 0, err
     assert folder_hashes(Path("out")) == folder_hashes(Path("again", "out"))
+
+
+def test_the_fewest_heads_within_a_budget(parent, monkeypatch):
+    Path("text.txt").write_text(WORDS * 100)
+    arguments = ("--kv-heads", "auto", "--calibrate", "text.txt", "--calibration-tokens", 128, "--window", 32)
+    with monkeypatch.context() as patch:  # a random parent may be worse than its children
+        patch.setattr("gqa.cli.convert.parse_share", lambda text: -0.9)
+        code, out, err = gqa(parent, "none", *arguments, "--budget", "2%")
+        assert gqa(parent, "four", "--kv-heads", 4, *arguments[2:], "--budget", "2%")[0] == 1
+    assert code == 1
+    assert "no: nothing stays within" in err
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["1", "2", "4"]
+    assert [path.name for path in Path().iterdir()] == ["text.txt"]
+    code, out, err = gqa(parent, "out", *arguments, "--budget", "10000%", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["inputs"]["recipe"]["kv_heads"] == record["results"]["kv_heads"] == 1
+    assert record["results"]["within_budget"]
+    assert record["results"]["tried"] == []
+    assert {path.name for path in Path().iterdir()} == {"text.txt", "out"}
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(parent):
@@ -145,7 +168,10 @@ def test_the_error_of_the_style_guide(tmp_path):
         (("--kv-heads", 3), "3 KV heads do not divide 8 query heads"),
         (("--kv-heads", 16), "16 KV heads are more than the 8 query heads"),
         (("--kv-heads", 0), "kv heads out of range"),
-        (("--kv-heads", "two"), "not a valid integer"),
+        (("--kv-heads", "two"), "got: 'two'\nallowed: a number, or auto"),
+        (("--kv-heads", "auto"), "a budget of loss is measured on text, and there is none"),
+        (("--kv-heads", 2, "--budget", "0.02"), "a budget of loss is measured on text, and there is none"),
+        (("--kv-heads", 2, "--budget", "some"), "a share is not understood"),
         ((), "Missing option '--kv-heads'"),
         (("--kv-heads", 2, "--method", "median"), "'median' is not one of"),
         (("--kv-heads", 2, "--refine", "1k"), "and there is none"),

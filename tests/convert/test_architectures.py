@@ -97,6 +97,34 @@ def test_repeated_heads_change_nothing(tmp_path, name):
     torch.testing.assert_close(logits(child), logits(grouped), rtol=0, atol=row.error * float(logits(grouped).std()))
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_what_the_attention_adds_to_the_residual_stream(name):
+    """A block whose attention alone is not zero: what comes out is what went in plus scale * output, or a norm of it
+    where the layout names no scale."""
+    row = ROWS[name]
+    model = tiny_model(row)
+    layout = load_layout(row.model_type, model.config.to_dict())
+    block = model.get_submodule(layout.in_decoder(layout.layer_prefix(1)).rstrip("."))
+    attention = block.get_submodule(layout.attention_path)
+    seen = {}
+    attention.register_forward_hook(lambda module, args, output: seen.update(attention=output[0]))
+    block.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(before=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    block.register_forward_hook(
+        lambda module, args, output: seen.update(after=output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        for other, parameter in block.named_parameters():
+            if not other.startswith(layout.attention_path) and "norm" not in other:
+                parameter.zero_()
+        model(torch.from_numpy(WINDOWS))
+    added = seen["after"] - seen["before"]
+    scale = layout.residual_scale
+    wrong = float((added - (1 if scale is None else scale) * seen["attention"]).norm() / added.norm())
+    assert wrong > 0.1 if scale is None else wrong < 1e-6
+
+
 NORMED = ("gemma3", "qwen3", "qwen3_moe", "cohere, norms", "olmo2")
 REFITTED = [name for name, row in ROWS.items() if name not in NORMED and not row.settings.get("alibi")]
 

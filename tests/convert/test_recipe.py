@@ -71,5 +71,5 @@ def test_command_says_only_what_the_defaults_do_not():
     recipe = make_recipe(1, "mean", refit=True, calibration_tokens=512, refine_tokens=256, seed=3)
     assert convert_command("a b", "out", recipe, ["x.txt"]) == (
         "gqa convert 'a b' out --kv-heads 1 --method mean --calibrate x.txt --calibration-tokens 512 --window 256 "
-        "--refine 256 --refine-steps 120 --refit --seed 3"
+        "--measure 0 --refine 256 --refine-steps 120 --refit --seed 3"
     )

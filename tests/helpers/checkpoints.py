@@ -110,5 +110,5 @@ def tiny_source(folder: Path, *args: Any, **kwargs: Any) -> Source:
 
 def random_windows(recipe: Recipe, seed: int = 0) -> np.ndarray | None:
     """Token ids in place of calibration text, as many windows as the recipe wants."""
-    shape = (recipe.windows, recipe.window)
-    return np.random.default_rng(seed).integers(0, VOCAB, shape) if recipe.windows else None
+    shape = (recipe.all_windows, recipe.window)
+    return np.random.default_rng(seed).integers(0, VOCAB, shape) if recipe.all_windows else None

@@ -75,7 +75,7 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
                 "kv_heads": n,
                 "method": method,
                 "layer": layer,
-                "output_error": scale * log2(heads / n) ** 0.6 * (1 + 0.5 * ((layer * 7) % 5)),
+                "hidden_error": scale * log2(heads / n) ** 0.6 * (1 + 0.5 * ((layer * 7) % 5)),
                 "groups": _groups(heads, n, searched=layer % 2 == 0) if method != "mean" else None,
             }
             for n in stops[1:]
@@ -124,7 +124,7 @@ def study_record(results: dict[str, Any] | None = None, **changes: Any) -> Recor
             "seconds_per_token_p50": "measured",
             "cache_bytes_measured": "measured",
             "cache_bytes_predicted": "predicted",
-            "output_error": "measured",
+            "hidden_error": "measured",
             "max_context_tokens": "predicted",
             "max_concurrent_requests": "predicted",
         },

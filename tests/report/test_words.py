@@ -80,12 +80,12 @@ def test_decode_title_tells_the_gain() -> None:
 
 def test_layers_title_names_the_worst_layer_of_the_strongest_method() -> None:
     rows = [
-        {"kv_heads": 1, "method": "svd", "layer": 0, "output_error": 0.5},
-        {"kv_heads": 1, "method": "svd+refine", "layer": 0, "output_error": 0.01},
-        {"kv_heads": 2, "method": "svd+refine", "layer": 3, "output_error": 0.02},
+        {"kv_heads": 1, "method": "svd", "layer": 0, "hidden_error": 0.5},
+        {"kv_heads": 1, "method": "svd+refine", "layer": 0, "hidden_error": 0.01},
+        {"kv_heads": 2, "method": "svd+refine", "layer": 3, "hidden_error": 0.02},
     ]
     told = words.layers_title(study(layers=rows))
-    assert told.startswith("With 2 KV heads, layer 3 is the hardest for refined svd: 2.0")
+    assert told == "With 2 KV heads and refined svd hidden states are at most 2.0% off, behind layer 3"
 
 
 def test_titles_without_their_tables() -> None:

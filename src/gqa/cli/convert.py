@@ -12,7 +12,8 @@ import click
 from gqa.cli import output
 from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, Recipe, make_recipe
 from gqa.record import Record
-from gqa.units import format_bytes, format_seconds, parse_bytes, parse_tokens
+from gqa.errors import GqaError
+from gqa.units import format_bytes, format_seconds, parse_bytes, parse_share, parse_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +24,23 @@ if TYPE_CHECKING:
 # Windows as in the trials behind the defaults; a shorter context bounds it.
 _WINDOW = 256
 
+# Of a text that is too short, one window in so many is kept for the comparison.
+_FEWEST_FITTED = 8
+
+# What `--kv-heads auto` may lose where nothing else is said.
+_BUDGET = 0.02
+
 _BASIS = {
     "bytes": "measured",
     "bytes_parent": "measured",
     "seconds": "measured",
     "output_error": "measured",
+    "closed_form_error": "measured",
+    "hidden_error": "measured",
+    "perplexity": "measured",
+    "perplexity_parent": "measured",
+    "loss_above_parent_nats": "measured",
+    "loss_above_parent_standard_error_nats": "measured",
     "kv_bytes_per_token": "predicted",
     "kv_bytes_per_token_parent": "predicted",
 }
@@ -44,6 +57,7 @@ _PLAN_BASIS: dict[str, str] = dict.fromkeys(
 _EXAMPLES = """
 gqa convert ./my-mha-model ./my-gqa-model --kv-heads 8 --calibrate corpus.txt
 gqa convert ./my-mha-model ./my-mqa-model --kv-heads 1 --calibrate corpus.txt --refine 32k
+gqa convert ./my-mha-model ./my-gqa-model --kv-heads auto --budget 2% --calibrate corpus.txt
 gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-run
 gqa convert --verify ./my-mha-model ./my-gqa-model
 """
@@ -64,7 +78,15 @@ class _Command(output.Command):
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--kv-heads", type=int, required=True, help="KV heads of the result: a divisor of the parent's, or a multiple."
+    "--kv-heads",
+    required=True,
+    metavar="N",
+    help="KV heads of the result: a divisor of the parent's, or a multiple; `auto` for the fewest within --budget.",
+)
+@click.option(
+    "--budget",
+    metavar="SHARE",
+    help="Write OUT only if its perplexity is at most that much above the parent's (0.02 or 2%).  [auto: 2%]",
 )
 @click.option("--method", type=click.Choice(METHODS), default="svd", show_default=True, help="How heads are merged.")
 @click.option(
@@ -76,6 +98,13 @@ class _Command(output.Command):
     help="Text like what the model will read; may be given several times.",
 )
 @click.option("--calibration-tokens", default="32k", show_default=True, metavar="N", help="Tokens of it to look at.")
+@click.option(
+    "--measure",
+    default="8k",
+    show_default=True,
+    metavar="N",
+    help="Tokens of it that no fit sees: on them the result is compared with the parent.",
+)
 @click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
 @click.option("--refine", metavar="TOKENS", help="Train each attention against the parent's on that many tokens.")
 @click.option("--refine-steps", type=int, default=120, show_default=True, help="Steps of that training per layer.")
@@ -91,10 +120,12 @@ class _Command(output.Command):
 def command(
     model: str,
     out: Path,
-    kv_heads: int,
+    kv_heads: str,
+    budget: str | None,
     method: Any,
     texts: tuple[Path, ...],
     calibration_tokens: str,
+    measure: str,
     window: int | None,
     refine: str | None,
     refine_steps: int,
@@ -112,6 +143,7 @@ def command(
     published baselines. A run that was stopped goes on when the same command is given again.
     """
     from gqa.config import parse_config
+    from gqa.convert.auto import candidates
     from gqa.convert.job import plan_conversion
     from gqa.source import open_checkpoint
     from gqa.text import read_text
@@ -120,17 +152,25 @@ def command(
     memory_bytes = parse_bytes(memory) if memory else None
     context = parse_config(source.config, source.name).context or _WINDOW
     refine_tokens = parse_tokens(refine) if refine else 0
+    search = kv_heads == "auto"
+    share = parse_share(budget) if budget else _BUDGET if search else None
+    fitted = method not in BASELINES or refit or refine_tokens
     recipe = make_recipe(
-        kv_heads,
+        1 if search else _count(kv_heads),
         method,
         grouping=grouping,
         refit=refit,
         refine_tokens=refine_tokens,
         refine_steps=refine_steps,
-        calibration_tokens=max(parse_tokens(calibration_tokens), refine_tokens) if texts else 0,
+        calibration_tokens=max(parse_tokens(calibration_tokens), refine_tokens) if texts and fitted else 0,
         window=min(_WINDOW, context) if window is None else window,
+        measure_tokens=parse_tokens(measure) if texts and measure != "0" else 0,
         seed=seed,
     )
+    if share is not None and not recipe.measure_tokens:
+        raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE")
+    choices = candidates(source, recipe) if search else [recipe.kv_heads]
+    recipe = dataclasses.replace(recipe, kv_heads=choices[-1])  # the plan with most to write stands for all
     job = plan_conversion(source, recipe)
     text = read_text(texts) if texts else ""
     _advise(recipe, job)
@@ -145,21 +185,39 @@ def command(
             _print_plan(plan, out)
         return
 
+    from gqa.convert.auto import convert_within
     from gqa.convert.run import convert
 
     windows = None
-    if recipe.windows and not job.exact:
+    if recipe.all_windows and not job.exact:
         recipe, windows = _cut(recipe, source, text)
     names = [str(path) for path in texts]
     with output.progress() as progress:
-        report = convert(source, out, recipe, windows, progress, texts=names, memory_bytes=memory_bytes)
+        if share is None or windows is None:
+            report = convert(source, out, recipe, windows, progress, texts=names, memory_bytes=memory_bytes)
+        else:
+            report = convert_within(
+                source, out, recipe, windows, share, choices, progress, texts=names, memory_bytes=memory_bytes
+            )
     if as_json:
-        inputs["recipe"] = recipe.to_dict()
-        output.record(Record("convert", inputs, report, _BASIS, tuple(report["approximations"])))
-    else:
+        inputs["recipe"] = report.get("recipe", recipe.to_dict())
+        output.record(Record("convert", inputs, report, _BASIS, tuple(report.get("approximations", ()))))
+    elif report.get("within_budget", True):
         _print_report(report)
+    else:
+        output.table([_measured_row(one) for one in report["tried"]], title="Measured on text that no fit has seen")
+    if not report.get("within_budget", True):
+        output.note(f"no: nothing stays within {share:.2%} of the parent's perplexity, and nothing was written")
+        click.get_current_context().exit(1)
     text_name = texts[0] if texts else "FILE"
     output.note(f"next: gqa eval {out} --text {text_name} --parent {model}   (best on text that was not used here)")
+
+
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise GqaError("a number of KV heads is not understood", got=repr(text), allowed="a number, or auto") from None
 
 
 def _advise(recipe: Recipe, job: Job) -> None:
@@ -167,8 +225,8 @@ def _advise(recipe: Recipe, job: Job) -> None:
         output.note("note: the parent has that many KV heads already; every tensor is copied")
     elif job.repeats:
         output.note("note: every KV head of the parent is repeated, which is exact; the method has no part in it")
-    elif recipe.baseline and recipe.calibration_tokens:
-        output.note(f"note: {recipe.method} alone looks at no text; --refit or --refine would")
+    elif recipe.baseline and recipe.measure_tokens:
+        output.note(f"note: {recipe.method} alone fits nothing to the text; --refit or --refine would")
     elif recipe.method not in BASELINES and not recipe.calibration_tokens:
         output.note("note: without calibration text more is lost than need be; --calibrate FILE takes any plain text")
 
@@ -178,14 +236,20 @@ def _cut(recipe: Recipe, source: Source, text: str) -> tuple[Recipe, np.ndarray]
     from gqa.text import load_tokenizer, token_windows
 
     assert source.folder is not None
-    windows = token_windows(text, load_tokenizer(source.folder), recipe.window, recipe.windows, recipe.seed)
-    if len(windows) == recipe.windows:
+    tokenizer = load_tokenizer(source.folder)
+    windows = token_windows(text, tokenizer, recipe.window, recipe.all_windows, recipe.seed)
+    missing = recipe.all_windows - len(windows)
+    if not missing:
         return recipe, windows
-    have = windows.size
     output.note(
-        f"note: the text has {have} tokens in whole windows, fewer than the {recipe.calibration_tokens} asked for"
+        f"note: the text has {windows.size} tokens in whole windows, fewer than the "
+        f"{recipe.all_windows * recipe.window} asked for"
     )
-    fewer = {name: min(getattr(recipe, name), have) for name in ("calibration_tokens", "refine_tokens")}
+    measured = recipe.all_windows - recipe.windows
+    measured = len(windows) if not recipe.windows else min(measured, len(windows) // _FEWEST_FITTED)
+    fewer = {"measure_tokens": measured * recipe.window}
+    for name in ("calibration_tokens", "refine_tokens"):
+        fewer[name] = min(getattr(recipe, name), (len(windows) - measured) * recipe.window)
     return dataclasses.replace(recipe, **fewer), windows
 
 
@@ -204,13 +268,32 @@ def _print_report(report: dict[str, Any]) -> None:
             for what, name, form in pairs
         ]
     )
-    errors = [(layer["output_error"], layer["layer"]) for layer in report["layers"] if "output_error" in layer]
-    if errors:
-        mean, (worst, where) = sum(error for error, _ in errors) / len(errors), max(errors)
+    if report["measured"]:
+        one = report["measured"]
         output.data(
-            f"attention output error on the calibration text (relative mean squared, measured): "
-            f"mean {mean:.3%}, worst {worst:.3%} in layer {where}"
+            f"perplexity on {one['tokens']} tokens of the text that no fit has seen (measured): "
+            f"{one['perplexity_parent']:.3f} -> {one['perplexity']:.3f} ({_change(one):+.2%})"
         )
+    errors = [(layer["hidden_error"], layer["layer"]) for layer in report["layers"] if "hidden_error" in layer]
+    if errors:
+        (worst, where), (last, _) = max(errors), errors[-1]
+        output.data(
+            f"hidden states on the calibration text are off (relative squared distance, measured): "
+            f"{last:.3%} behind the last layer, at most {worst:.3%} behind layer {where}"
+        )
+
+
+def _change(measured: dict[str, Any]) -> float:
+    return measured["perplexity"] / measured["perplexity_parent"] - 1
+
+
+def _measured_row(measured: dict[str, Any]) -> dict[str, str]:
+    return {
+        "KV heads": str(measured["kv_heads"]),
+        "perplexity": f"{measured['perplexity']:.3f}",
+        "parent's": f"{measured['perplexity_parent']:.3f}",
+        "change": f"{_change(measured):+.2%}",
+    }
 
 
 def _print_plan(plan: dict[str, Any], out: Path) -> None:

@@ -52,6 +52,7 @@ class Block:
         eager: bool = False,
     ) -> None:
         model = _hollow_model(config, layer, dtype, "eager" if eager else "sdpa")
+        self.model: nn.Module = model
         self.decoder: nn.Module = model.base_model
         self.block: nn.Module = model.get_submodule(layer_path)
         self.attention: nn.Module = self.block.get_submodule(attention_path)
@@ -79,6 +80,30 @@ class Block:
     def attend(self, inputs: Tensor) -> Tensor:
         """The attention alone: (n, T, d) -> (n, T, d), with gradients where the caller wants them."""
         return self.attention(inputs, **self._arguments_of(inputs))[0]
+
+    @torch.no_grad()
+    def next_token_losses(self, others: Mapping[str, Tensor], hidden: States, windows: np.ndarray) -> Tensor:
+        """Mean cross-entropy of every window's next tokens (N,), in nats, from the hidden states behind the last
+        block. others: the tensors that are in no block, named as the model has them: final norm, head, embeddings."""
+        dtype = hidden[:1].dtype
+        self.model.load_state_dict({name: t.to(dtype) for name, t in others.items()}, strict=False, assign=True)
+        self.model.tie_weights()  # type: ignore[operator]
+        after: list[Tensor] = []
+
+        def replace(block: nn.Module, args: tuple, output: Any) -> Any:
+            return (after[-1], *output[1:]) if isinstance(output, tuple) else after[-1]
+
+        handle = self.block.register_forward_hook(replace)
+        losses = []
+        try:
+            for ids, batch in zip(torch.from_numpy(np.asarray(windows)).split(1), hidden.split(1), strict=True):
+                after.append(batch)
+                logits = self.model(inputs_embeds=batch, use_cache=False).logits[0, :-1].float()
+                losses.append(nn.functional.cross_entropy(logits, ids[0, 1:]))
+                after.clear()
+        finally:
+            handle.remove()
+        return torch.stack(losses).double()
 
     def positions(self, inputs: Tensor, shape: LayerShape) -> Positions:
         """Rotary turns, visible keys and scale of this attention, for windows like `inputs` (n, T, d)."""
@@ -201,6 +226,16 @@ def _angles(part: Tensor, pairs: int) -> Tensor:
     if part.shape[-1] == 2 * pairs:
         return part[:, ::2] if torch.equal(part[:, ::2], part[:, 1::2]) else part[:, :pairs]
     return part
+
+
+def hidden_error(parent: States, child: States) -> float:
+    """Mean over tokens of |h' - h|^2 / |h|^2, with h (N, T, d) the parent's hidden states and h' the child's: token by
+    token, as some models have a few tokens whose hidden states are larger than all others together."""
+    total = 0.0
+    for before, own in zip(parent.split(BATCH), child.split(BATCH), strict=True):
+        wrong, size = (own - before).double().square().sum(-1), before.double().square().sum(-1)
+        total += float((wrong / size.clamp_min(1e-300)).sum())
+    return total / (parent.shape[0] * parent.shape[1])
 
 
 def second_moment(inputs: States, *, biased: bool) -> Tensor:

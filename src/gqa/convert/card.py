@@ -26,10 +26,12 @@ def convert_command(model: str, out: str, recipe: Recipe, texts: Sequence[str]) 
     words = ["gqa", "convert", model, out, "--kv-heads", str(recipe.kv_heads)]
     if recipe.method != "svd":
         words += ["--method", recipe.method]
-    for text in texts if recipe.calibration_tokens else ():
-        words += ["--calibrate", text]
-    if recipe.calibration_tokens:
-        words += ["--calibration-tokens", str(recipe.calibration_tokens), "--window", str(recipe.window)]
+    if recipe.all_windows:
+        for text in texts:
+            words += ["--calibrate", text]
+        if recipe.calibration_tokens:
+            words += ["--calibration-tokens", str(recipe.calibration_tokens)]
+        words += ["--window", str(recipe.window), "--measure", str(recipe.measure_tokens)]
     if recipe.refine_tokens:
         words += ["--refine", str(recipe.refine_tokens), "--refine-steps", str(recipe.refine_steps)]
     usual = make_recipe(
@@ -88,6 +90,7 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         f"| KV cache per token ({report['kv_dtype']}) | {format_bytes(report['kv_bytes_per_token_parent'])} "
         f"| {format_bytes(report['kv_bytes_per_token'])} |",
         f"| weight files | {format_bytes(report['bytes_parent'])} | {format_bytes(report['bytes'])} |",
+        *_measured(report.get("measured")),
         "",
         "## How it was made",
         "",
@@ -107,15 +110,16 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         "",
         *(f"- {sentence}" for sentence in report["approximations"]),
     ]
-    if any("output_error" in layer for layer in report["layers"]):
+    if any("hidden_error" in layer for layer in report["layers"]):
         lines += [
             "",
-            "Relative mean squared error of each attention's output against the parent's, on the calibration text:",
+            "How far the hidden states behind each layer are from the parent's on the calibration text (squared distance",
+            "over squared length, mean over tokens; what a layer loses is passed on to those after it):",
             "",
             "| layer | error | parent's KV heads that share |",
             "|---:|---:|---|",
             *(
-                f"| {layer['layer']} | {_percent(layer.get('output_error'))} | {_groups(layer.get('groups', []))} |"
+                f"| {layer['layer']} | {_percent(layer.get('hidden_error'))} | {_groups(layer.get('groups', []))} |"
                 for layer in report["layers"]
             ),
         ]
@@ -125,6 +129,13 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         f"The same figures for programs are in `{report['file']}`. The parent's licence applies to this model too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _measured(measured: Mapping[str, Any] | None) -> list[str]:
+    if not measured:
+        return []
+    what = f"perplexity on {measured['tokens']} tokens of the calibration text that no fit has seen"
+    return [f"| {what} | {measured['perplexity_parent']:.3f} | {measured['perplexity']:.3f} |"]
 
 
 def _percent(share: float | None) -> str:

@@ -6,6 +6,7 @@ before it have lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from gqa.config import child_config, parse_config, text_part
 from gqa.convert import grouping, heads, refine, scores
-from gqa.convert.calibrate import BATCH, Block, first_hidden, second_moment
+from gqa.convert.calibrate import BATCH, Block, first_hidden, hidden_error, second_moment
 from gqa.convert.merge import METHODS
+from gqa.convert.pool import groups_of, layer_seed, pool
 from gqa.convert.recipe import Recipe
-from gqa.convert.states import States, Store, head
+from gqa.convert.states import States, Store, head, tail
 from gqa.progress import Progress, silent
 from gqa.weights.layout import AttentionWeights, Layout, TensorsInMemory
 from gqa.weights.reader import Checkpoint
@@ -59,7 +61,9 @@ class Engine:
         self._others: tuple[int, dict[str, Tensor]] = (-1, {})
         # float64 checkpoints stay exact; everything else is calibrated in float32.
         self.dtype = torch.float64 if checkpoint.dtype(layout.embedding) == torch.float64 else torch.float32
-        if windows is not None and (recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens):
+        self.windows = windows
+        fitted = recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens
+        if windows is not None and (fitted or recipe.measure_tokens):
             self.store = Store(states)
             shape = torch.Size((*windows.shape, checkpoint.shape(layout.embedding)[1]))
             self.hidden = self.store.before(finished, ("parent", "child"), shape, self.dtype) if finished else ()
@@ -70,18 +74,24 @@ class Engine:
 
     def convert(self, layer: int) -> tuple[AttentionWeights, dict[str, Any]]:
         """The child's attention of this layer, and a report: the groups and, with calibration text, the relative mean
-        squared error of the attention's output in closed form and at the end."""
+        squared error of the attention's output against what was asked of it, in closed form and at the end, and the
+        error of the hidden states behind the layer."""
         weights = self.layout.read_attention(self.checkpoint, layer)
         shape = self.shapes[layer]
+        if self.recipe.baseline:
+            pooled = pool(weights, shape, self.layout, self.recipe, layer)
+            self.replay(layer, pooled)
+            report = {"layer": layer, "groups": groups_of(shape, self.recipe)}
+            return pooled, report | ({"hidden_error": hidden_error(*self.hidden)} if self.hidden else {})
         parent = heads.split(weights, shape, self.layout)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + layer)
+        generator = torch.Generator().manual_seed(layer_seed(self.recipe, layer))
         if not self.hidden:
             child, groups = self._merge(parent, None, generator, ordered=shape.alibi)
             return heads.join(child, weights, shape, self.layout), {"layer": layer, "groups": groups}
 
-        parent_hidden, child_hidden = self.hidden
+        parent_hidden, child_hidden = (head(hidden, self.recipe.windows) for hidden in self.hidden)
         block = self._block(layer, self.parent_config, weights)
-        targets = self._keep("targets", _attention_output(block, parent_hidden))
+        targets = self._keep("targets", self._targets(block, parent_hidden, child_hidden))
         inputs = self._keep("inputs", map(block.attention_input, child_hidden.split(BATCH)))
         moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
         child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
@@ -117,6 +127,7 @@ class Engine:
         converted = self._as_stored(layer, self._attention_of(layer, student))
         del student, inputs, targets
         self._advance(layer, block, self._block(layer, self.child_config, converted))
+        report["hidden_error"] = hidden_error(*self.hidden)
         return converted, report
 
     def replay(self, layer: int, weights: AttentionWeights) -> None:
@@ -124,6 +135,31 @@ class Engine:
         if self.hidden:
             block = self._block(layer, self.parent_config, self.layout.read_attention(self.checkpoint, layer))
             self._advance(layer, block, self._block(layer, self.child_config, weights))
+
+    def measure(self) -> dict[str, Any]:
+        """Parent and child compared on the windows that no fit has seen, once all layers are converted."""
+        assert self.windows is not None
+        windows = self.windows[self.recipe.windows :]
+        last = len(self.shapes) - 1
+        block = self._block(last, self.parent_config, self.layout.read_attention(self.checkpoint, last))
+        layers = tuple(self.layout.layer_prefix(layer) for layer in range(len(self.shapes)))
+        known = block.model.state_dict().keys()
+        others = {
+            own: self.checkpoint.read_finite(name)
+            for name in self.checkpoint.names
+            if not name.startswith(layers) and (own := self.layout.in_decoder(name)) in known
+        }
+        parent, child = (block.next_token_losses(others, tail(hidden, len(windows)), windows) for hidden in self.hidden)
+        difference = child - parent
+        return {
+            "tokens": int(windows.shape[0] * (windows.shape[1] - 1)),
+            "perplexity_parent": math.exp(float(parent.mean())),
+            "perplexity": math.exp(float(child.mean())),
+            "loss_above_parent_nats": float(difference.mean()),
+            "loss_above_parent_standard_error_nats": float(difference.std() / len(difference) ** 0.5)
+            if len(difference) > 1
+            else None,
+        }
 
     def _advance(self, layer: int, block: Block, student: Block) -> None:
         parent_hidden, child_hidden = self.hidden
@@ -135,8 +171,17 @@ class Engine:
         self.hidden = self.store.keep_before(layer + 1, after, len(parent_hidden))
         self.at = layer + 1
 
+    @torch.no_grad()
+    def _targets(self, block: Block, parent: States, child: States) -> Iterator[Tensor]:
+        """What the child's attention is to give: the parent's output, and what the child's hidden states lack of the
+        parent's, where it can be given back: where nothing stands between the attention and the residual stream."""
+        scale = self.layout.residual_scale
+        for before, own in zip(parent.split(BATCH), child.split(BATCH), strict=True):
+            output = block.attend(block.attention_input(before))
+            yield output if scale is None else output + (before - own) / scale
+
     def _keep(self, name: str, batches: Iterable[Tensor]) -> States:
-        return self.store.keep(name, batches, len(self.hidden[0]))
+        return self.store.keep(name, batches, self.recipe.windows)
 
     def _embedded(self, windows: np.ndarray) -> Tensor:
         before = {self.layout.in_decoder(name): self.checkpoint.read_finite(name) for name in self.layout.before}
@@ -204,9 +249,3 @@ class Engine:
             for field, tensor in vars(weights).items()
         }
         return AttentionWeights(**fields)  # type: ignore[arg-type]
-
-
-def _attention_output(block: Block, hidden: States) -> Iterator[Tensor]:
-    for batch in hidden.split(BATCH):
-        with torch.no_grad():
-            yield block.attend(block.attention_input(batch))

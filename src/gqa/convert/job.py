@@ -57,7 +57,7 @@ class Job:
     @property
     def pooled(self) -> bool:
         """Layers are computed while they are written: nothing of them waits in the work folder."""
-        return self.recipe.baseline or self.repeats
+        return (self.recipe.baseline and not self.recipe.measure_tokens) or self.repeats
 
     def metadata(self, shard: str) -> dict[str, str]:
         """What the header of a file says beside its tensors; transformers wants the format told."""
@@ -145,6 +145,8 @@ class Job:
             steps += ["refit W_q and W_k", "refit W_o"]
         if recipe.refine_tokens:
             steps += [f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps", "refit W_o"]
+        if recipe.measure_tokens:
+            steps.append(f"compare with the parent on {recipe.measure_tokens} further tokens")
         return steps
 
 

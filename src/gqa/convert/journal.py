@@ -31,6 +31,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reports: list[dict[str, Any]] = []
+        self.measured: dict[str, Any] | None = None
         self._identity: Mapping[str, Any] = {}
 
     @property
@@ -81,6 +82,10 @@ class Journal:
         self.reports.append(report)
         self._write()
 
+    def finish_measuring(self, measured: dict[str, Any]) -> None:
+        self.measured = measured
+        self._write()
+
     def discard(self) -> None:
         """Remove the work folder, the journal last: what a kill leaves is still known as ours."""
         shutil.rmtree(self.result, ignore_errors=True)
@@ -104,7 +109,7 @@ class Journal:
                 hint=f"finish it with the arguments it began with, or discard it: rm -r {self.folder}",
             )
         if self.result.is_dir():  # else the result has been moved to OUT, and from there elsewhere: begin again
-            self.reports = document["layers"]
+            self.reports, self.measured = document["layers"], document.get("measured")
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -128,7 +133,7 @@ class Journal:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write(self) -> None:
-        document = {"format": _FORMAT, "identity": self._identity, "layers": self.reports}
+        document = {"format": _FORMAT, "identity": self._identity, "layers": self.reports, "measured": self.measured}
         write_text_atomic(self.folder / "journal.json", json.dumps(document, allow_nan=False))
         sync_folder(self.folder)
 

@@ -42,10 +42,10 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
         return _LIBRARIES_BYTES + 2 * max(sum(entry.nbytes for entry in some) for some in entries.values())
     attention = max(sum(math.prod(entry.shape) for entry in some) for some in entries.values())
     peak = 5 * attention * 8
-    if not job.recipe.windows:
+    if not job.recipe.all_windows:
         return _LIBRARIES_BYTES + peak
     recipe, d = job.recipe, job.parent.hidden
-    tokens = recipe.windows * recipe.window
+    tokens = recipe.all_windows * recipe.window
     batch = min(tokens, BATCH * recipe.window)
     prefix = job.layout.layer_prefix(0)
     block = sum(math.prod(job.checkpoint.entry(n).shape) for n in job.checkpoint.names if n.startswith(prefix))
@@ -57,12 +57,14 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
         peak += 3 * attention * 4
     embedding = job.checkpoint.entry(job.layout.embedding)
     first = embedding.nbytes + math.prod(embedding.shape) * 4 + tokens * d * 4
+    if recipe.measure_tokens:  # the head, and the logits of one window
+        first += recipe.window * job.checkpoint.shape(job.layout.embedding)[0] * 4 * 2
     return _WITH_BLOCKS_BYTES + max(peak, first)
 
 
 def states_bytes(job: Job) -> int:
     """Room on the disk for the calibration activations in files, float32."""
-    return _STATES * job.recipe.windows * job.recipe.window * job.parent.hidden * 4
+    return _STATES * job.recipe.all_windows * job.recipe.window * job.parent.hidden * 4
 
 
 def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
@@ -80,9 +82,9 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
             "the conversion does not fit the memory it may take",
             got=format_bytes(budget_bytes),
             allowed=f"about {format_bytes(least)} or more",
-            hint=None if not job.recipe.windows else "a shorter --window, or mean, which takes little",
+            hint=None if not job.recipe.all_windows else "a shorter --window, or mean, which takes little",
         )
-    return bool(job.recipe.windows) and not job.pooled
+    return bool(job.recipe.all_windows) and not job.pooled
 
 
 def available_bytes() -> int | None:

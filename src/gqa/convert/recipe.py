@@ -26,7 +26,8 @@ class Recipe:
     squares. refine_tokens: tokens on which each attention is trained against the parent's (0: not at all), in
     `refine_steps` steps that begin at `refine_learning_rate`.
     calibration_tokens: tokens whose activations weigh the errors (0: none, no text is needed). window: tokens per
-    window of that text.
+    window of that text. measure_tokens: further tokens, which no fit sees, on which parent and child are compared at
+    the end (0: none).
 
     Raises GqaError for a value out of range, and where text is needed and there is none.
     """
@@ -40,6 +41,7 @@ class Recipe:
     refine_steps: int = 120
     refine_learning_rate: float = 0.03
     window: int = 256
+    measure_tokens: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class Recipe:
             "refine_steps": 1,
             "calibration_tokens": 0,
             "window": 2,
+            "measure_tokens": 0,
             "seed": 0,
         }
         for name, low in lowest.items():
@@ -67,7 +70,7 @@ class Recipe:
                         f"{name} compares with the parent on text, and there is none",
                         hint="--calibrate FILE (any text like what the model will read)",
                     )
-        for name in ("refine_tokens", "calibration_tokens"):
+        for name in ("refine_tokens", "calibration_tokens", "measure_tokens"):
             if 0 < getattr(self, name) < self.window:
                 raise GqaError(
                     f"{name.replace('_', ' ')} are fewer than one window",
@@ -83,8 +86,13 @@ class Recipe:
 
     @property
     def windows(self) -> int:
-        """How many windows of text the conversion looks at, for calibration or refinement."""
+        """How many windows of text the fits look at, in calibration or refinement."""
         return max(self.calibration_tokens, self.refine_tokens) // self.window
+
+    @property
+    def all_windows(self) -> int:
+        """With those behind them that serve the comparison alone."""
+        return self.windows + self.measure_tokens // self.window
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -105,6 +113,7 @@ def make_recipe(
     refine_steps: int = 120,
     calibration_tokens: int = 0,
     window: int = 256,
+    measure_tokens: int = 0,
     seed: int = 0,
 ) -> Recipe:
     """A Recipe with what was not said filled in.
@@ -122,5 +131,6 @@ def make_recipe(
         refine_steps=refine_steps,
         calibration_tokens=calibration_tokens,
         window=window,
+        measure_tokens=measure_tokens,
         seed=seed,
     )

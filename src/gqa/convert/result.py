@@ -69,9 +69,14 @@ def _is_small_file(path: Path) -> bool:
 
 
 def describe(
-    job: Job, layers: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], texts: Sequence[str]
+    job: Job,
+    layers: Sequence[Mapping[str, Any]],
+    identity: Mapping[str, Any],
+    texts: Sequence[str],
+    measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report: sizes before and after, and per layer what was done and lost.
+    """The report: sizes before and after, what was lost on text that no fit has seen, and per layer what was done
+    and lost.
 
     Nothing in it depends on when, how fast or with how many interruptions the work was done, so that the same
     conversion gives the same bytes.
@@ -92,6 +97,7 @@ def describe(
         "kv_dtype": DTYPE_NAMES.get(key.dtype, key.dtype),
         "kv_bytes_per_token_parent": _kv_bytes_per_token(job.parent, key),
         "kv_bytes_per_token": _kv_bytes_per_token(job.child, key),
+        "measured": measured,
         "layers": list(layers),
         "approximations": [*approximations(job.recipe, job.parent.kv_heads), *(() if job.exact else job.layout.notes)],
         "file": REPORT,

@@ -42,13 +42,15 @@ def convert(
     *,
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint of `source` with fewer KV heads to the folder OUT, which must not exist.
 
     windows: (N, recipe.window) token ids of calibration text, where the recipe wants any; texts: the names of the
-    files they came from, for the model card. memory_bytes: what the process may take, by an estimate (by default what
-    is free): memory holds one layer's tensors at a time, and the calibration activations unless they have to go to
-    files. Returns the report: sizes before and after, and per layer what was done and lost.
+    files they came from, for the model card. budget: OUT is only made if the perplexity that the recipe measures is at
+    most 1 + budget times the parent's; the report's `within_budget` says whether it was. memory_bytes: what the process
+    may take, by an estimate (by default what is free): memory holds one layer's tensors at a time, and the calibration
+    activations unless they have to go to files. Returns the report: sizes before and after, and per layer what was done and lost.
 
     OUT appears complete, by one rename. Until then all lies in OUT.partial, where a run that was killed, or ran out
     of space, goes on when it is called again with the same arguments. OUT from this same conversion: its report is
@@ -58,13 +60,15 @@ def convert(
     out = Path(out)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
+    if budget is not None and not recipe.measure_tokens:
+        raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE, --measure 8k")
     _refuse_out_in_source(out, job.folder)
     try:
         identity = job.identify(windows)
         if os.path.lexists(out):
             report = already_done(out, identity)
             _tidy(out, identity)
-            return report
+            return _judged(report, budget)
         in_files = keeps_states_in_files(job, memory_bytes)
         needed = job.peak_disk_bytes + small_bytes(job.folder) + (states_bytes(job) if in_files else 0)
         check_space(out, needed - _bytes_in(work_folder(out)))
@@ -72,12 +76,13 @@ def convert(
             if os.path.lexists(out):  # by a process that was at it when we looked first
                 report = already_done(out, identity)
                 journal.discard()
-                return report
+                return _judged(report, budget)
             calibration = _Calibration(windows, journal.states if in_files else None)
-            report = _work(job, journal, out, identity, calibration, progress, texts)
+            report = _work(job, journal, out, identity, calibration, progress, texts, budget)
     except OSError as error:
         raise _disk_error(out, error) from None
-    return {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
+    report = {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
+    return _judged(report, budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +101,18 @@ def _work(
     calibration: _Calibration,
     progress: Progress,
     texts: Sequence[str],
+    budget: float | None,
 ) -> dict[str, Any]:
     modified = job.checkpoint.modified()
     journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
     try:
         reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, calibration, progress)
+        if not _judged({"measured": journal.measured}, budget).get("within_budget", True):
+            journal.discard()
+            return {"kv_heads": job.recipe.kv_heads, "measured": journal.measured}
         hashes = write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
-        report = describe(job, reports, identity, texts)
+        report = describe(job, reports, identity, texts, journal.measured)
         write_text_files(job, journal.result, report, out, identity, hashes)
         verify(job, journal.result)
         job.checkpoint.check_unchanged()
@@ -129,10 +138,20 @@ def _work(
     return report
 
 
+def _judged(report: Mapping[str, Any], budget: float | None) -> dict[str, Any]:
+    """The report with `within_budget`, where there is a budget. What is exact, and so is not measured, is within."""
+    if budget is None:
+        return dict(report)
+    measured = report["measured"]
+    within = measured is None or measured["perplexity"] <= (1 + budget) * measured["perplexity_parent"]
+    return {**report, "within_budget": within}
+
+
 def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progress: Progress) -> list[dict[str, Any]]:
     """Convert the layers that no former run finished, each into a file of its own. Returns the layers' reports."""
     total = len(job.changes)
-    if len(journal.reports) == total:
+    to_measure = bool(job.recipe.measure_tokens) and journal.measured is None
+    if len(journal.reports) == total and not to_measure:
         return journal.reports
     engine = Engine(
         job.checkpoint,
@@ -153,11 +172,15 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
             tensors = changed_tensors(job, layer, weights)
             write_tensors(journal.layer_path(layer), tensors, {})
             journal.finish_layer({**report, "layer": layer, "tensors_changed": len(tensors)})
-        error = journal.reports[layer].get("output_error")
+        error = journal.reports[layer].get("hidden_error")
         left = (time.perf_counter() - started) / (layer + 1 - first) * (total - layer - 1)
-        notes = [] if error is None else [f"output error {error:.2%}"]
+        notes = [] if error is None else [f"hidden states off by {error:.2%}"]
         notes += [f"about {format_seconds(left)} left"] if left > 1 else []
         progress("convert layers", layer + 1, total, ", ".join(notes))
+    if to_measure and total:
+        progress("compare with the parent", 0, 1)
+        journal.finish_measuring(engine.measure())
+        progress("compare with the parent", 1, 1)
     journal.forget_states()
     return journal.reports
 
@@ -165,13 +188,13 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
 def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
     """The windows of text that the recipe uses: as many as it says, or GqaError."""
     recipe = job.recipe
-    if job.exact or not recipe.windows:
+    if job.exact or not recipe.all_windows:
         return None
-    wanted = f"({recipe.windows} or more, {recipe.window}) token ids"
-    if windows is None or windows.ndim != 2 or windows.shape[1] != recipe.window or len(windows) < recipe.windows:
+    wanted = f"({recipe.all_windows} or more, {recipe.window}) token ids"
+    if windows is None or windows.ndim != 2 or windows.shape[1] != recipe.window or len(windows) < recipe.all_windows:
         got = "none" if windows is None else f"an array of shape {windows.shape}"
         raise GqaError("the calibration windows are not what the recipe says", got=got, allowed=wanted)
-    windows = np.ascontiguousarray(windows[: recipe.windows], dtype=np.int64)
+    windows = np.ascontiguousarray(windows[: recipe.all_windows], dtype=np.int64)
     vocab = job.checkpoint.shape(job.layout.embedding)[0]
     if windows.min() < 0 or windows.max() >= vocab:
         raise GqaError(

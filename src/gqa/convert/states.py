@@ -32,8 +32,8 @@ class States(Protocol):
 class StatesFile:
     """States in a file, of which only what is asked for is in memory: the numbers of window after window."""
 
-    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.path, self.shape, self.dtype = path, shape, dtype
+    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype, first: int = 0) -> None:
+        self.path, self.shape, self.dtype, self.first = path, shape, dtype, first
         self._window_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def __len__(self) -> int:
@@ -53,14 +53,14 @@ class StatesFile:
     @property
     def complete(self) -> bool:
         """The file is there, with all of its windows."""
-        return self.path.is_file() and self.path.stat().st_size >= len(self) * self._window_bytes
+        return self.path.is_file() and self.path.stat().st_size >= (self.first + len(self)) * self._window_bytes
 
     def _read(self, start: int, stop: int) -> Tensor:
         # Plain reads rather than a mapping: pages of a mapping would count as this process's memory.
         buffer = torch.empty((stop - start) * self._window_bytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
         with self.path.open("rb", buffering=0) as stream:
-            stream.seek(start * self._window_bytes)
+            stream.seek((self.first + start) * self._window_bytes)
             while done < len(view):
                 count = stream.readinto(view[done:])
                 if not count:
@@ -123,8 +123,17 @@ class Store:
 def head(states: States, windows: int) -> States:
     """The first windows alone, where they lie."""
     if isinstance(states, StatesFile):
-        return StatesFile(states.path, torch.Size((min(windows, len(states)), *states.shape[1:])), states.dtype)
+        shape = torch.Size((min(windows, len(states)), *states.shape[1:]))
+        return StatesFile(states.path, shape, states.dtype, states.first)
     return states[:windows]
+
+
+def tail(states: States, windows: int) -> States:
+    """The last windows alone, where they lie."""
+    first = len(states) - windows
+    if isinstance(states, StatesFile):
+        return StatesFile(states.path, torch.Size((windows, *states.shape[1:])), states.dtype, states.first + first)
+    return states[first:]
 
 
 def _name(layer: int, name: str) -> str:

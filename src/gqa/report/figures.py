@@ -248,7 +248,7 @@ def _layers(study: Study) -> Figure | None:
     for n in study.stops:
         for method in study.methods:
             rows = [row for row in study.layers if (row["kv_heads"], row.get("method")) == (n, method)]
-            marks = list(points(rows, "layer", "output_error"))
+            marks = list(points(rows, "layer", "hidden_error"))
             if marks:
                 drawn.setdefault(n, []).append(
                     Series(words.short_name(method), *_method_style(method), points=sorted(marks))
@@ -256,20 +256,21 @@ def _layers(study: Study) -> Figure | None:
     if not drawn:
         return None
     every = [mark for series in drawn.values() for one in series for mark in one.points]
-    up = axes.rounded("error, share of energy", [b for _, b in every], words.percent_tick)
+    up = axes.rounded("squared distance, share", [b for _, b in every], words.percent_tick)
     across = axes.whole_numbers("layer", [a for a, _ in every])
     panels = [(words.heads(n), panel(across, up, series, frame=SMALL)) for n, series in drawn.items()]
     caption = (
-        "How far the output of each layer's attention is from the parent's on the calibration text: mean squared"
-        " difference over mean square. Nothing has been uptrained yet."
+        "How far the hidden states behind each layer are from the parent's on the calibration text: squared distance"
+        " over squared length, mean over tokens. What a layer loses is passed on to those after it. Nothing has been"
+        " uptrained yet."
     )
     columns = {
         "kv_heads": ("KV heads", words.whole),
         "method": ("method", str),
         "layer": ("layer", words.whole),
-        "output_error": ("relative squared error", lambda v: words.significant(v, 3)),
+        "hidden_error": ("relative squared error", lambda v: words.significant(v, 3)),
     }
-    rows = [row for row in study.layers if number(row, "output_error") is not None]
+    rows = [row for row in study.layers if number(row, "hidden_error") is not None]
     return Figure("layers", words.layers_title(study), caption, panels, {"Error by layer": rows_table(columns, rows)})
 
 

@@ -162,12 +162,11 @@ def share_title(study: Study) -> str:
 def layers_title(study: Study) -> str:
     """The largest error of the strongest method whose errors are known."""
     for method in reversed(study.methods):
-        rows = [row for row in study.layers if row.get("method") == method and number(row, "output_error") is not None]
+        rows = [row for row in study.layers if row.get("method") == method and number(row, "hidden_error") is not None]
         if rows:
-            worst = max(rows, key=lambda row: row["output_error"])
-            place = f"With {heads(worst['kv_heads'])}, layer {worst.get('layer')}"
-            extent = f"{percent(worst['output_error'])} of its output's energy is off"
-            return f"{place} is the hardest for {method_name(method)}: {extent}"
+            worst = max(rows, key=lambda row: row["hidden_error"])
+            place = f"With {heads(worst['kv_heads'])} and {method_name(method)}"
+            return f"{place} hidden states are at most {percent(worst['hidden_error'])} off, behind layer {worst.get('layer')}"
     return "Where the loss sits"
 
 

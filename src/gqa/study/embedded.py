@@ -16,7 +16,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from gqa.text import read_text
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Not the library's own prose or code: other people's packages, tests, tables (code pages, help topics) and files
 # that an installation generates. A part of them exists in some Pythons only, and none of them is typical source text.
@@ -65,6 +65,9 @@ class EmbeddedRecipe:
 
     attention_learning_rate is below what is best for the parent alone, so that attention learns less than it could:
     at 0.02 the parent is better and its children lose more. docs/LOG.md has the figures of both.
+
+    model_type and kv_heads (0: as many as query heads) make parents of other kinds, for comparison: qwen3 has a norm
+    of every query and key head, and biases here.
     """
 
     vocabulary: int = 2048
@@ -72,6 +75,8 @@ class EmbeddedRecipe:
     intermediate: int = 512
     layers: int = 6
     heads: int = 8
+    model_type: Literal["llama", "qwen3"] = "llama"
+    kv_heads: int = 0
     window: int = 256
     batch: int = 8
     steps: int = 300
@@ -299,24 +304,26 @@ def _batches(windows: np.ndarray, recipe: EmbeddedRecipe) -> Iterator[np.ndarray
         order = order[recipe.batch :]
 
 
-def _new_model(recipe: EmbeddedRecipe) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _new_model(recipe: EmbeddedRecipe) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        recipe.model_type,
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads or recipe.heads,
         head_dim=recipe.hidden // recipe.heads,
+        attention_bias=recipe.model_type == "qwen3",
         max_position_embeddings=recipe.window,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def _add_legacy_keys(path: Path) -> None:
@@ -328,7 +335,7 @@ def _add_legacy_keys(path: Path) -> None:
     write_text_atomic(path, json.dumps(config, indent=2) + "\n")
 
 
-def _optimizers(model: LlamaForCausalLM, recipe: EmbeddedRecipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, recipe: EmbeddedRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, slower for the attentions; AdamW for the embedding and the norms."""
     import torch
 

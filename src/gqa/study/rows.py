@@ -23,7 +23,7 @@ _MEASURED = (
     "share_of_mean_loss",
     "seconds",
     "train_seconds",
-    "output_error",
+    "hidden_error",
     "cache_bytes_measured",
     "kv_bytes_per_token_measured",
     "seconds_per_token_p20",
@@ -80,10 +80,10 @@ def share_losses(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def layers(kv_heads: int, method: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which heads share, layer by layer, and the error of the attention's output."""
+    """Which heads share, layer by layer, and how far the hidden states behind the layer are off."""
     return [
         {"kv_heads": kv_heads, "method": method}
-        | {"layer": layer["layer"], "groups": layer["groups"], "output_error": layer.get("output_error")}
+        | {"layer": layer["layer"], "groups": layer["groups"], "hidden_error": layer.get("hidden_error")}
         for layer in report["layers"]
     ]
 

@@ -90,6 +90,7 @@ class Layout:
     fused: Literal["", "roles", "groups"] = ""  # how q, k and v lie in one tensor, if they do
     heads: LayerShape | None = None  # of a fused layout: without it rows could not be told apart
     decoder: str = ""  # of a multimodal model: what stands before the names of its text decoder's tensors
+    residual_scale: float | None = None  # of the attention's output on its way there; None: it meets a norm first
     eager: bool = False  # scores meet something that torch's own attention cannot do: soft caps, sinks
 
     @property
@@ -323,9 +324,15 @@ def _layout(model_type: str, table: Mapping[str, Any], config: Mapping[str, obje
         decoder=table.get("decoder", ""),
         fused=fused,
         heads=parse_config(config, model_type).layers[0] if fused and config else None,
+        residual_scale=_residual_scale(attention, config),
         eager=table.get("eager", False),
         stacked={name: tuple(parts) for name, parts in table.get("stacked", {}).items()},
     )
+
+
+def _residual_scale(attention: Mapping[str, Any], config: Mapping[str, object]) -> float | None:
+    scale = attention.get("residual_scale")
+    return float(text_part(config).get(scale, 1)) if isinstance(scale, str) else scale  # type: ignore[arg-type]
 
 
 @functools.cache
