@@ -50,7 +50,7 @@ def test_killed_before_every_single_step(tmp_path):
 
 
 def test_killed_at_ten_random_moments(tmp_path, monkeypatch):
-    monkeypatch.setattr("gqa.convert.memory.available_bytes", lambda: 0)  # activations in files, too
+    monkeypatch.setattr("gqa.convert.memory.available_bytes", lambda device: 0)  # activations in files, too
     # What calibration imports at first use, imported once for all forks.
     import accelerate  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401

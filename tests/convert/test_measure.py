@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_whole_models(tmp_path, name, method):
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "files"])
 def test_measured_windows_have_no_part_in_the_fit(tmp_path, monkeypatch, streamed):
     if streamed:
-        monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+        monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
     source = tiny_source(tmp_path / "parent")
     windows = random_windows(RECIPE)
     assert windows is not None

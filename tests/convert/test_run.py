@@ -280,7 +280,7 @@ def test_finished_layers_are_not_converted_again(tmp_path, monkeypatch, dtype):
 def test_activations_in_files_need_no_replay(tmp_path, monkeypatch, intact):
     source = tiny_source(tmp_path / "parent")
     convert(source, tmp_path / "undisturbed" / "out", CALIBRATED)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
     calls = _interrupt(monkeypatch, source, tmp_path / "out", CALIBRATED, layer=2)
     states = work_folder(tmp_path / "out") / "states"
     assert {"before-0002-parent", "before-0002-child"} <= {path.name for path in states.iterdir()}

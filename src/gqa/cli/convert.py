@@ -11,8 +11,8 @@ import click
 
 from gqa.cli import output
 from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, Recipe, make_recipe
-from gqa.record import Record
 from gqa.errors import GqaError
+from gqa.record import Record
 from gqa.units import format_bytes, format_seconds, parse_bytes, parse_share, parse_tokens
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class _Command(output.Command):
 @click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
 @click.option("--refit/--no-refit", default=None, help="Fit W_q, W_k, W_o to the parent.  [default: by method]")
 @click.option("--memory", metavar="SIZE", help="What the conversion may take, such as 8GiB.  [default: what is free]")
+@click.option("--device", help="Where it calculates, such as cpu or cuda.  [default: cuda where there is one]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @click.option(
@@ -132,6 +133,7 @@ def command(
     grouping: Any,
     refit: bool | None,
     memory: str | None,
+    device: str | None,
     seed: int,
     dry_run: bool,
     as_json: bool,
@@ -145,9 +147,12 @@ def command(
     from gqa.config import parse_config
     from gqa.convert.auto import candidates
     from gqa.convert.job import plan_conversion
+    from gqa.device import check_device, default_device
     from gqa.source import open_checkpoint
     from gqa.text import read_text
 
+    device = device or default_device()
+    check_device(device)
     source = open_checkpoint(model)
     memory_bytes = parse_bytes(memory) if memory else None
     context = parse_config(source.config, source.name).context or _WINDOW
@@ -191,14 +196,12 @@ def command(
     windows = None
     if recipe.all_windows and not job.exact:
         recipe, windows = _cut(recipe, source, text)
-    names = [str(path) for path in texts]
+    how: Any = {"texts": inputs["texts"], "memory_bytes": memory_bytes, "device": device}
     with output.progress() as progress:
         if share is None or windows is None:
-            report = convert(source, out, recipe, windows, progress, texts=names, memory_bytes=memory_bytes)
+            report = convert(source, out, recipe, windows, progress, **how)
         else:
-            report = convert_within(
-                source, out, recipe, windows, share, choices, progress, texts=names, memory_bytes=memory_bytes
-            )
+            report = convert_within(source, out, recipe, windows, share, choices, progress, **how)
     if as_json:
         inputs["recipe"] = report.get("recipe", recipe.to_dict())
         output.record(Record("convert", inputs, report, _BASIS, tuple(report.get("approximations", ()))))

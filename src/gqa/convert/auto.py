@@ -49,6 +49,7 @@ def convert_within(
     *,
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """`convert` to the first number of KV heads among `choices` that keeps the measured perplexity within 1 + budget
     times the parent's; recipe.kv_heads counts for nothing. Each is converted and measured; OUT is written for the
@@ -78,6 +79,7 @@ def convert_within(
             texts=texts,
             memory_bytes=memory_bytes,
             budget=budget,
+            device=device,
         )
         if report["within_budget"]:
             notes.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ class _SeenError(Exception):
 
 
 class Block:
-    """Decoder block `layer` of the model that `config` (a raw config.json) describes, with these weights.
+    """Decoder block `layer` of the model that `config` (a raw config.json) describes, with these weights, on their
+    device.
 
     `tensors` are the block's, named as in the checkpoint without the layer's prefix
     (`self_attn.q_proj.weight`); `layer_path` and `attention_path` say where block and attention sit; `eager` that
@@ -51,7 +52,8 @@ class Block:
         dtype: torch.dtype,
         eager: bool = False,
     ) -> None:
-        model = _hollow_model(config, layer, dtype, "eager" if eager else "sdpa")
+        device = next(iter(tensors.values())).device
+        model = _hollow_model(config, layer, dtype, device, "eager" if eager else "sdpa")
         self.model: nn.Module = model
         self.decoder: nn.Module = model.base_model
         self.block: nn.Module = model.get_submodule(layer_path)
@@ -96,7 +98,8 @@ class Block:
         handle = self.block.register_forward_hook(replace)
         losses = []
         try:
-            for ids, batch in zip(torch.from_numpy(np.asarray(windows)).split(1), hidden.split(1), strict=True):
+            tokens = torch.from_numpy(np.asarray(windows)).to(hidden[:1].device)
+            for ids, batch in zip(tokens.split(1), hidden.split(1), strict=True):
                 after.append(batch)
                 logits = self.model(inputs_embeds=batch, use_cache=False).logits[0, :-1].float()
                 losses.append(nn.functional.cross_entropy(logits, ids[0, 1:]))
@@ -110,10 +113,10 @@ class Block:
         arguments = self._arguments_of(inputs[:1])
         T = inputs.shape[1]
         pairs = (shape.head_dim if shape.rotary_dim is None else shape.rotary_dim) // 2
-        turns = torch.ones(T, pairs, dtype=inputs.dtype.to_complex())
+        turns = torch.ones(T, pairs, dtype=inputs.dtype.to_complex(), device=inputs.device)
         if pairs:
             turns = torch.complex(*(_angles(part[0], pairs) for part in arguments["position_embeddings"]))
-        visible = torch.ones(T, T, dtype=torch.bool).tril()
+        visible = torch.ones(T, T, dtype=torch.bool, device=inputs.device).tril()
         mask = arguments["attention_mask"]
         if mask is not None:  # without one, sdpa is told to be causal
             visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
@@ -153,13 +156,14 @@ def first_hidden(
 ) -> Tensor:
     """Hidden states before the first block: token ids (N, T) -> (N, T, d), scaled and with positions where the model
     has them. tensors: the embeddings, named as in the checkpoint."""
-    model = _hollow_model(config, 0, dtype, "eager")
+    device = next(iter(tensors.values())).device
+    model = _hollow_model(config, 0, dtype, device, "eager")
     embeddings = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(embeddings, strict=False, assign=True).unexpected_keys
     assert not unexpected, f"the model has no {unexpected}"
     decoder = functools.partial(model.base_model, use_cache=False)
     block = model.get_submodule(layer_path)
-    tokens = torch.from_numpy(np.asarray(windows))
+    tokens = torch.from_numpy(np.asarray(windows)).to(device)
     return torch.cat([_caught(block, decoder, input_ids=batch)[0] for batch in tokens.split(BATCH)])
 
 
@@ -179,8 +183,11 @@ def _told_of_the_config() -> Iterator[None]:
 
 
 @_told_of_the_config()
-def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """The model with block `layer` alone, in the place of the first; no parameter takes memory yet."""
+def _hollow_model(
+    config: Mapping[str, Any], layer: int, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> Any:
+    """The model with block `layer` alone, in the place of the first; no parameter takes memory yet, and buffers lie
+    on the device."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,10 +201,15 @@ def _hollow_model(config: Mapping[str, Any], layer: int, dtype: torch.dtype, att
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(single_config, attn_implementation=attention, dtype=dtype)
     model.eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     for module in model.base_model.children():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             # Learned positions are added to whatever the decoder is given.
-            module.weight = nn.Parameter(torch.zeros(module.weight.shape, dtype=dtype), requires_grad=False)
+            module.weight = nn.Parameter(
+                torch.zeros(module.weight.shape, dtype=dtype, device=device), requires_grad=False
+            )
     return model
 
 
@@ -241,7 +253,7 @@ def hidden_error(parent: States, child: States) -> float:
 def second_moment(inputs: States, *, biased: bool) -> Tensor:
     """E[x xT] in float64 over all tokens: (N, T, d) -> (E, E); with biases x has a last entry of 1."""
     count, d = inputs.shape[0] * inputs.shape[1], inputs.shape[-1]
-    moment = torch.zeros(d + biased, d + biased, dtype=torch.float64)
+    moment = torch.zeros(d + biased, d + biased, dtype=torch.float64, device=inputs[:1].device)
     for batch in inputs.split(BATCH):
         rows = batch.reshape(-1, d).double()
         if biased:

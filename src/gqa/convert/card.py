@@ -113,8 +113,8 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
     if any("hidden_error" in layer for layer in report["layers"]):
         lines += [
             "",
-            "How far the hidden states behind each layer are from the parent's on the calibration text (squared distance",
-            "over squared length, mean over tokens; what a layer loses is passed on to those after it):",
+            "How far the hidden states behind each layer are from the parent's on the calibration text (squared",
+            "distance over squared length, mean over tokens; what a layer loses is passed on to those after it):",
             "",
             "| layer | error | parent's KV heads that share |",
             "|---:|---:|---|",

@@ -37,8 +37,9 @@ class Engine:
     """`convert(layer)` for every layer in order; `replay(layer, weights)` for those that a former run finished.
 
     `windows` (N, T) are token ids of calibration text, or None for a data-free conversion. Its activations are kept
-    in memory, or in files of the folder `states`. `at` is the layer that comes next: `finished`, the count of layers
-    that a former run has converted, or 0 where the activations before that layer are not there any more.
+    in the memory of `device`, which calculates, or in files of the folder `states`. `at` is the layer that comes next:
+    `finished`, the count of layers that a former run has converted, or 0 where the activations before that layer are
+    not there any more.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Engine:
         progress: Progress = silent,
         states: Path | None = None,
         finished: int = 0,
+        device: str = "cpu",
     ) -> None:
+        self.device = device
         self.checkpoint, self.layout, self.recipe, self.progress = checkpoint, layout, recipe, progress
         self.parent_config = dict(text_part(config))
         self.child_config = dict(text_part(child_config(config, recipe.kv_heads)))
@@ -64,7 +67,7 @@ class Engine:
         self.windows = windows
         fitted = recipe.method in _WEIGHTED or recipe.refit or recipe.refine_tokens
         if windows is not None and (fitted or recipe.measure_tokens):
-            self.store = Store(states)
+            self.store = Store(states, device)
             shape = torch.Size((*windows.shape, checkpoint.shape(layout.embedding)[1]))
             self.hidden = self.store.before(finished, ("parent", "child"), shape, self.dtype) if finished else ()
             if not self.hidden:
@@ -83,7 +86,7 @@ class Engine:
             self.replay(layer, pooled)
             report = {"layer": layer, "groups": groups_of(shape, self.recipe)}
             return pooled, report | ({"hidden_error": hidden_error(*self.hidden)} if self.hidden else {})
-        parent = heads.split(weights, shape, self.layout)
+        parent = heads.split(weights.to(self.device), shape, self.layout)
         generator = torch.Generator().manual_seed(layer_seed(self.recipe, layer))
         if not self.hidden:
             child, groups = self._merge(parent, None, generator, ordered=shape.alibi)
@@ -145,7 +148,7 @@ class Engine:
         layers = tuple(self.layout.layer_prefix(layer) for layer in range(len(self.shapes)))
         known = block.model.state_dict().keys()
         others = {
-            own: self.checkpoint.read_finite(name)
+            own: self._read(name)
             for name in self.checkpoint.names
             if not name.startswith(layers) and (own := self.layout.in_decoder(name)) in known
         }
@@ -184,7 +187,7 @@ class Engine:
         return self.store.keep(name, batches, self.recipe.windows)
 
     def _embedded(self, windows: np.ndarray) -> Tensor:
-        before = {self.layout.in_decoder(name): self.checkpoint.read_finite(name) for name in self.layout.before}
+        before = {self.layout.in_decoder(name): self._read(name) for name in self.layout.before}
         return first_hidden(self.parent_config, before, windows, layer_path=self._layer_path, dtype=self.dtype)
 
     def _merge(
@@ -219,7 +222,8 @@ class Engine:
         if self._others[0] != layer:  # parent and child share what is not attention
             names = [name for name in self.checkpoint.names if name.startswith(prefix) and name not in own]
             self._others = (-1, {})  # before the next layer's come, not beside them
-            self._others = (layer, {name: self.checkpoint.read_finite(name).to(self.dtype) for name in names})
+            self._others = (layer, {name: self._read(name).to(self.dtype) for name in names})
+        own = {name: tensor.to(self.device) for name, tensor in own.items()}
         tensors = {name.removeprefix(prefix): tensor for name, tensor in (own | self._others[1]).items()}
         return Block(
             config,
@@ -231,6 +235,9 @@ class Engine:
             dtype=self.dtype,
             eager=self.layout.eager,
         )
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read_finite(name).to(self.device)
 
     @property
     def _layer_path(self) -> str:
@@ -245,7 +252,8 @@ class Engine:
         """The weights rounded to the checkpoint's dtypes: later layers make up for the rounding too, and are fitted on
         the same numbers when a former run's layers are replayed."""
         fields = {
-            field: None if tensor is None else tensor.to(self.checkpoint.dtype(self.layout.tensor_name(layer, field)))
+            field: tensor.to("cpu", self.checkpoint.dtype(self.layout.tensor_name(layer, field)))
             for field, tensor in vars(weights).items()
+            if tensor is not None
         }
         return AttentionWeights(**fields)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def search(heads: Heads, moment: Tensor | None, groups: int, generator: torch.Ge
     H = len(heads.k)
     if groups in (1, H):
         return contiguous(H, groups)
-    losses = pair_losses(heads, moment)
+    losses = pair_losses(heads, moment).cpu()
     best, best_loss = contiguous(H, groups), float("inf")
     for start in range(restarts):
         order = torch.arange(H) if start == 0 else torch.randperm(H, generator=generator)
@@ -43,7 +43,7 @@ def pair_losses(heads: Heads, moment: Tensor | None) -> Tensor:
     """(H, H): the share of the layer's energy lost when heads i and j share one KV head; zero on the diagonal."""
     query, key = effective(heads, moment)
     R = heads.turned
-    lost, total = torch.zeros(len(key), len(key), dtype=key.dtype), torch.zeros((), dtype=key.dtype)
+    lost, total = key.new_zeros(len(key), len(key)), key.new_zeros(())
     if R:
         keys = key_gram(key[:, :R], query_energy(query[..., :R, :], moment), moment)  # (F, H, H)
         power = keys.diagonal(dim1=1, dim2=2).real  # (F, H)
@@ -61,10 +61,11 @@ def pair_losses(heads: Heads, moment: Tensor | None) -> Tensor:
 def _subspace_losses(gram: Tensor) -> tuple[Tensor, Tensor]:
     """What pairs lose that share n of their 2 n directions (H, H), and the energy of all heads; gram (H, n, H, n)."""
     H, n = gram.shape[:2]
-    lost = torch.zeros(H, H, dtype=gram.dtype)
+    lost = gram.new_zeros(H, H)
     for i in range(H):
         for j in range(i + 1, H):
-            block = gram[[i, j]][:, :, [i, j]].reshape(2 * n, 2 * n)
+            pair = torch.tensor([i, j])
+            block = gram[pair][:, :, pair].reshape(2 * n, 2 * n)
             lost[i, j] = lost[j, i] = torch.linalg.eigvalsh(block)[:n].clamp_min(0).sum()
     return lost, gram.reshape(H * n, H * n).trace()
 

@@ -79,7 +79,7 @@ def split(weights: AttentionWeights, shape: LayerShape, layout: Layout) -> Heads
         weight = weight.double()
         if not biased:
             return weight
-        column = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+        column = weight.new_zeros(len(weight)) if bias is None else bias.double()
         return torch.cat([weight, column[:, None]], dim=1)
 
     def factors(norm: Tensor | None, *count: int) -> Tensor | None:

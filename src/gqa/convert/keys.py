@@ -86,7 +86,7 @@ def procrustes_keys(group: Heads, moment: Tensor | None) -> tuple[Heads, Tensor,
     R = group.turned
     queries, keys = [], []
     if R:
-        alike = torch.ones(len(k), R // 2, dtype=k.dtype)
+        alike = k.new_ones(len(k), R // 2)
         query, key = _turn_pairs(q[..., :R, :], k[:, :R], moment, alike, to_pairs(k[0, :R]))
         queries.append(query)
         keys.append(key)
@@ -103,7 +103,7 @@ def turn_onto_mean(rows: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]
     rows (r, P, E). T_i is the polar factor of mean C rows_iT: the best for |T_i rows_i - mean|^2 under C.
     """
     mean = rows[0]
-    turns = torch.eye(rows.shape[1], dtype=rows.dtype).expand(len(rows), -1, -1)
+    turns = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device).expand(len(rows), -1, -1)
     for _ in range(_ROUNDS):
         left, _, right = torch.linalg.svd(times(mean, moment) @ rows.mT)
         turns = left @ right

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from gqa.convert.calibrate import BATCH
 from gqa.convert.scores import SCORE_TOKENS
 from gqa.errors import GqaError
@@ -67,13 +69,13 @@ def states_bytes(job: Job) -> int:
     return _STATES * job.recipe.all_windows * job.recipe.window * job.parent.hidden * 4
 
 
-def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
-    """Whether the calibration activations go to files, so that the conversion stays within a budget (None: what is
-    free on this machine, as far as that can be told).
+def keeps_states_in_files(job: Job, budget_bytes: int | None, device: str = "cpu") -> bool:
+    """Whether the calibration activations go to files, so that the conversion stays within a budget of the device's
+    memory (None: what is free there, as far as that can be told).
 
     Raises GqaError if a budget that was given is too small even so.
     """
-    limit = available_bytes() if budget_bytes is None else budget_bytes
+    limit = available_bytes(device) if budget_bytes is None else budget_bytes
     if limit is None or peak_memory_bytes(job, streamed=False) <= limit:
         return False
     least = peak_memory_bytes(job, streamed=True)
@@ -87,8 +89,10 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None) -> bool:
     return bool(job.recipe.all_windows) and not job.pooled
 
 
-def available_bytes() -> int | None:
+def available_bytes(device: str = "cpu") -> int | None:
     """Memory that is free or can be freed at once; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

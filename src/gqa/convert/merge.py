@@ -34,7 +34,7 @@ def random(group: Heads, moment: Tensor | None, generator: torch.Generator) -> H
     """K and V drawn afresh, with the parent's standard deviation. Source: Ainslie et al. 2023, arXiv 2305.13245."""
 
     def draw(rows: Tensor) -> Tensor:
-        return torch.randn(rows.shape[1:], generator=generator, dtype=rows.dtype) * rows.std()
+        return torch.randn(rows.shape[1:], generator=generator, dtype=rows.dtype).to(rows.device) * rows.std()
 
     return group.shared(draw(group.k), draw(group.v))
 

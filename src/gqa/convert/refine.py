@@ -39,8 +39,8 @@ def refit(block: Block, inputs: States, targets: States) -> None:
     weight, bias = block.output.weight, block.output.bias
     m = weight.shape[1]
     old = weight.double()
-    gram = torch.zeros(m, m, dtype=torch.float64)
-    cross = torch.zeros(m, weight.shape[0], dtype=torch.float64)
+    gram = old.new_zeros(m, m)
+    cross = old.new_zeros(m, weight.shape[0])
     given: list[Tensor] = []
     handle = block.output.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:

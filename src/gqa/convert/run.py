@@ -25,6 +25,7 @@ from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
 from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
 from gqa.convert.stored import StoredLayer, changed_tensors
+from gqa.device import check_device
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import describe_versions
@@ -43,6 +44,7 @@ def convert(
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
     budget: float | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the checkpoint of `source` with fewer KV heads to the folder OUT, which must not exist.
 
@@ -50,7 +52,8 @@ def convert(
     files they came from, for the model card. budget: OUT is only made if the perplexity that the recipe measures is at
     most 1 + budget times the parent's; the report's `within_budget` says whether it was. memory_bytes: what the process
     may take, by an estimate (by default what is free): memory holds one layer's tensors at a time, and the calibration
-    activations unless they have to go to files. Returns the report: sizes before and after, and per layer what was done and lost.
+    activations unless they have to go to files. device: where the calculations run that are not mere pooling. Returns
+    the report: sizes before and after, and per layer what was done and lost.
 
     OUT appears complete, by one rename. Until then all lies in OUT.partial, where a run that was killed, or ran out
     of space, goes on when it is called again with the same arguments. OUT from this same conversion: its report is
@@ -58,18 +61,20 @@ def convert(
     """
     started = time.perf_counter()
     out = Path(out)
+    check_device(device)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
     if budget is not None and not recipe.measure_tokens:
         raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE, --measure 8k")
     _refuse_out_in_source(out, job.folder)
     try:
-        identity = job.identify(windows)
+        # Another device gives other bits: what one has begun is not for another to go on with.
+        identity = job.identify(windows) | ({} if device == "cpu" or job.pooled else {"device": device})
         if os.path.lexists(out):
             report = already_done(out, identity)
             _tidy(out, identity)
             return _judged(report, budget)
-        in_files = keeps_states_in_files(job, memory_bytes)
+        in_files = keeps_states_in_files(job, memory_bytes, device)
         needed = job.peak_disk_bytes + small_bytes(job.folder) + (states_bytes(job) if in_files else 0)
         check_space(out, needed - _bytes_in(work_folder(out)))
         with locked(out) as journal:
@@ -77,7 +82,7 @@ def convert(
                 report = already_done(out, identity)
                 journal.discard()
                 return _judged(report, budget)
-            calibration = _Calibration(windows, journal.states if in_files else None)
+            calibration = _Calibration(windows, journal.states if in_files else None, device)
             report = _work(job, journal, out, identity, calibration, progress, texts, budget)
     except OSError as error:
         raise _disk_error(out, error) from None
@@ -87,10 +92,12 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class _Calibration:
-    """windows (N, T): token ids of the text, or None; states: the folder of its activations, None for memory."""
+    """windows (N, T): token ids of the text, or None; states: the folder of its activations, None for memory; device:
+    where it is calculated."""
 
     windows: np.ndarray | None
     states: Path | None
+    device: str
 
 
 def _work(
@@ -162,6 +169,7 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
         progress,
         calibration.states,
         len(journal.reports),
+        calibration.device,
     )
     started, first = time.perf_counter(), engine.at
     for layer in range(first, total):

@@ -85,7 +85,8 @@ class _Fit:
             return self._pull(turn, matrix, fixed, with_target=False)
 
         residual = -self._pull(turn, start, fixed, with_target=True)
-        probe = torch.ones_like(start).bernoulli_(0.5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        signs = torch.empty(start.shape, dtype=start.dtype)
+        probe = (signs.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(start.device)
         ridge = _RIDGE * float((probe * curvature(probe)).mean())
         return start + _conjugate_gradients(lambda m: curvature(m) + ridge * m, residual, _STEPS)
 

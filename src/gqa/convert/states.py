@@ -32,8 +32,8 @@ class States(Protocol):
 class StatesFile:
     """States in a file, of which only what is asked for is in memory: the numbers of window after window."""
 
-    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype, first: int = 0) -> None:
-        self.path, self.shape, self.dtype, self.first = path, shape, dtype, first
+    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype, device: str = "cpu", first: int = 0) -> None:
+        self.path, self.shape, self.dtype, self.device, self.first = path, shape, dtype, device, first
         self._window_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def __len__(self) -> int:
@@ -66,18 +66,18 @@ class StatesFile:
                 if not count:
                     raise OSError(f"{self.path} is shorter than it was")
                 done += count
-        return buffer.view(self.dtype).view(stop - start, *self.shape[1:])
+        return buffer.view(self.dtype).view(stop - start, *self.shape[1:]).to(self.device)
 
 
 class Store:
-    """Where states are kept: in memory (no folder), or in files of this folder.
+    """Where states are kept: in the device's memory (no folder), or in files of this folder.
 
     States before a layer outlive a kill; those within a layer are made again. `keep` and `keep_before` return what
     they were given, batch after batch, as States.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         if folder is not None:
             folder.mkdir(exist_ok=True)
 
@@ -93,7 +93,7 @@ class Store:
         """What `keep_before` kept for a layer, also in a former run; nothing if any of it is missing."""
         if self.folder is None:
             return ()
-        files = tuple(StatesFile(self.folder / _name(layer, name), like, dtype) for name in names)
+        files = tuple(StatesFile(self.folder / _name(layer, name), like, dtype, self.device) for name in names)
         return files if all(file.complete for file in files) else ()
 
     def forget_before(self, layer: int) -> None:
@@ -112,28 +112,29 @@ class Store:
         first = next(batches)
         with temporary.open("wb") as stream:
             for batch in itertools.chain([first], batches):
-                stream.write(batch.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+                stream.write(batch.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
-        return StatesFile(path, torch.Size((windows, *first.shape[1:])), first.dtype)
+        return StatesFile(path, torch.Size((windows, *first.shape[1:])), first.dtype, self.device)
 
 
 def head(states: States, windows: int) -> States:
     """The first windows alone, where they lie."""
-    if isinstance(states, StatesFile):
-        shape = torch.Size((min(windows, len(states)), *states.shape[1:]))
-        return StatesFile(states.path, shape, states.dtype, states.first)
-    return states[:windows]
+    return _part(states, 0, min(windows, len(states)))
 
 
 def tail(states: States, windows: int) -> States:
     """The last windows alone, where they lie."""
-    first = len(states) - windows
-    if isinstance(states, StatesFile):
-        return StatesFile(states.path, torch.Size((windows, *states.shape[1:])), states.dtype, states.first + first)
-    return states[first:]
+    return _part(states, len(states) - windows, len(states))
+
+
+def _part(states: States, start: int, stop: int) -> States:
+    if not isinstance(states, StatesFile):
+        return states[start:stop]
+    shape = torch.Size((stop - start, *states.shape[1:]))
+    return StatesFile(states.path, shape, states.dtype, states.device, states.first + start)
 
 
 def _name(layer: int, name: str) -> str:

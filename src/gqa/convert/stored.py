@@ -15,9 +15,9 @@ from gqa.weights.reader import TORCH_DTYPES, read_tensor
 
 
 def as_stored(job: Job, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype of the parent's. Raises GqaError if a value does not fit it."""
+    """The tensor in the dtype of the parent's, in the CPU's memory. Raises GqaError if a value does not fit it."""
     dtype = TORCH_DTYPES[job.checkpoint.entry(name).dtype]
-    stored = tensor.detach().to(dtype)
+    stored = tensor.detach().to("cpu", dtype)
     if not all_finite(stored):
         raise GqaError(
             f"tensor {name} does not fit {str(dtype).removeprefix('torch.')} after the conversion",

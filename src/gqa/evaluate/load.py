@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gqa.device import check_device, default_device
 from gqa.errors import GqaError
 from gqa.weights.reader import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def check_device(name: str) -> None:
-    """Raise GqaError for a device that torch does not know, or does not have here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        got = f"{name}: {str(error).splitlines()[0]}"
-        raise GqaError("no such device here", got=got, allowed=", ".join(here)) from None
 
 
 def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
@@ -35,7 +26,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: 
     or truncated shards, quantised), for an architecture that transformers does not know, and for weights that do not
     fill the model: transformers would only warn and go on with random numbers.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     check_device(device)
     Checkpoint(folder)
     from transformers import AutoModelForCausalLM

@@ -166,7 +166,8 @@ def layers_title(study: Study) -> str:
         if rows:
             worst = max(rows, key=lambda row: row["hidden_error"])
             place = f"With {heads(worst['kv_heads'])} and {method_name(method)}"
-            return f"{place} hidden states are at most {percent(worst['hidden_error'])} off, behind layer {worst.get('layer')}"
+            extent = f"{percent(worst['hidden_error'])} off, behind layer {worst.get('layer')}"
+            return f"{place} hidden states are at most {extent}"
     return "Where the loss sits"
 
 

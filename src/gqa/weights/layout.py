@@ -56,6 +56,11 @@ class AttentionWeights:
     k_norm: torch.Tensor | None = None  # (D,), (H*D,) or (H, D)
     sinks: torch.Tensor | None = None  # (H*G,)
 
+    def to(self, device: str) -> AttentionWeights:
+        """The same in the memory of a device."""
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class Norm:
