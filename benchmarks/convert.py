@@ -3,6 +3,7 @@
     python benchmarks/convert.py                       7B shape, 13.5 GB of bf16: mean in turns with cp, then svd
     python benchmarks/convert.py --gigabytes 2         fewer layers of it
     python benchmarks/convert.py --only calibrated     1B shape, calibrated svd on 32 windows of 512 tokens
+    python benchmarks/convert.py --only refined --gigabytes 0.9     3 layers of it, refined on the same in 120 steps
 
 A result is checked before its time counts: copied tensors byte for byte, pooled ones against the plain mean in
 float64. Every conversion is a process of its own, as a user starts it, imports included; its peak memory is what the
@@ -31,7 +32,7 @@ from session import RESULTS, slug
 from gqa.bench.document import record
 from gqa.convert.recipe import make_recipe
 from gqa.convert.run import convert
-from gqa.record import describe_machine
+from gqa.record import describe_machine, read_record
 from gqa.source import open_checkpoint
 from gqa.units import format_bytes, format_seconds
 from gqa.weights.header import TensorEntry
@@ -172,7 +173,7 @@ def time_mean(parent: Path, nbytes: int, turns: int) -> Iterator[dict[str, Any]]
             check(parent, child, "mean")
         removed(child)
         row = {
-            "what": "mean", "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak,
+            "what": "mean", "parent_bytes": nbytes, "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak,
             "cp_seconds": copied, "cp_bytes_per_second": nbytes / copied, "cp_seconds_to_disk": copied + to_disk,
             "share_of_cp": copied / seconds, "share_of_cp_to_disk": (copied + to_disk) / seconds,
         }  # fmt: skip
@@ -184,7 +185,8 @@ def time_once(what: str, parent: Path, nbytes: int, command: Sequence[str | Path
     seconds, peak = timed(command)
     check(parent, child, what)
     removed(child)
-    row = {"what": what, "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak}
+    row = {"what": what, "parent_bytes": nbytes, "seconds": seconds, "bytes_per_second": nbytes / seconds}
+    row |= {"peak_rss_bytes": peak}
     tell(row)
     return row
 
@@ -195,10 +197,10 @@ def tell(row: dict[str, Any]) -> None:
     print(f"{row['what']}: {took}{share}, peak memory {peak}", file=sys.stderr, flush=True)
 
 
-def calibrated(parent: str, child: str) -> None:
-    """What the calibrated row times, as a process of its own: random tokens, as random weights have no language."""
+def calibrated(parent: str, child: str, refine_tokens: int) -> None:
+    """What the rows with text time, as a process of its own: random tokens, as random weights have no language."""
     source = open_checkpoint(parent)
-    recipe = make_recipe(KV_HEADS, calibration_tokens=WINDOWS * WINDOW, window=WINDOW)
+    recipe = make_recipe(KV_HEADS, calibration_tokens=WINDOWS * WINDOW, refine_tokens=refine_tokens, window=WINDOW)
     windows = np.random.default_rng(0).integers(0, source.config["vocab_size"], (WINDOWS, WINDOW))
     convert(source, child, recipe, windows, lambda stage, done, total, note="": print(stage, done, total, note))
 
@@ -221,22 +223,27 @@ def checkpoint(shape: str, gigabytes: float, place: Path | None) -> Iterator[tup
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--gigabytes", type=float, default=13.5, help="of the parent, at most 13.5  [%(default)s]")
-    options.add_argument("--only", default="mean,svd,calibrated", help="which of these  [%(default)s]")
+    options.add_argument(
+        "--only", default="mean,svd,calibrated", help="which of mean, svd, calibrated, refined  [%(default)s]"
+    )
     options.add_argument("--turns", type=int, default=3, help="of cp and mean  [%(default)s]")
     options.add_argument("--place", type=Path, help="where to put 2.8 times as many gigabytes  [temporary files]")
     options.add_argument("--out", type=Path, help="the record's path")
-    options.add_argument("--calibrated", nargs=2, help=argparse.SUPPRESS)
+    options.add_argument("--calibrated", nargs=3, help=argparse.SUPPRESS)
     chosen = options.parse_args(arguments)
     if chosen.calibrated:
-        calibrated(*chosen.calibrated)
+        parent, child, refine_tokens = chosen.calibrated
+        calibrated(parent, child, int(refine_tokens))
         return
     machine = describe_machine()
     path = chosen.out or RESULTS / f"{machine['cores']}-core-{slug(str(machine['processor']))}-convert.json"
     only = chosen.only.split(",")
-    rows: list[dict[str, Any]] = []
+    # A run of some rows replaces those of an earlier run.
+    old = read_record(path).results["conversions"] if path.exists() else []
+    rows: list[dict[str, Any]] = [row for row in old if row["what"].split()[0] not in only]
 
     def write() -> None:
-        inputs = {"gigabytes": chosen.gigabytes, "turns": chosen.turns, "kv_heads": KV_HEADS}
+        inputs = {"turns": chosen.turns, "kv_heads": KV_HEADS}
         inputs |= {"calibration_windows": WINDOWS, "window_tokens": WINDOW, "shapes": SHAPES}
         record(COMMAND, inputs, {"conversions": rows}, ABOUT).write(path)
 
@@ -250,12 +257,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 child = parent.with_name("svd")
                 rows.append(time_once("svd", parent, nbytes, gqa_convert(parent, child, "svd"), child))
                 write()
-    if "calibrated" in only:
-        with checkpoint("1b", chosen.gigabytes, chosen.place) as (parent, nbytes):
-            child = parent.with_name("calibrated")
-            command = [sys.executable, __file__, "--calibrated", parent, child]
-            rows.append(time_once("calibrated svd", parent, nbytes, command, child))
-            write()
+    for what, refine_tokens in (("calibrated", 0), ("refined", WINDOWS * WINDOW)):
+        if what in only:
+            with checkpoint("1b", chosen.gigabytes, chosen.place) as (parent, nbytes):
+                child = parent.with_name(what)
+                command = [sys.executable, __file__, "--calibrated", parent, child, str(refine_tokens)]
+                row = time_once(f"{what} svd", parent, nbytes, command, child)
+                layers = json.loads((parent / "config.json").read_text())["num_hidden_layers"]
+                each = row["seconds"] / layers
+                per_token = {"seconds_per_layer_and_token": each / (WINDOWS * WINDOW)}
+                rows.append(row | {"layers": layers, "seconds_per_layer": each} | per_token)
+                write()
     print(f"wrote {path}", file=sys.stderr)
 
 

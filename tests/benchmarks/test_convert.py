@@ -59,6 +59,6 @@ def test_the_calibrated_conversion_is_what_it_says(convert, tmp_path, monkeypatc
     monkeypatch.setattr(convert, "WINDOWS", 2)
     monkeypatch.setattr(convert, "WINDOW", 16)
     convert.write_checkpoint(tmp_path / "m", convert.SHAPES["1b"])
-    convert.calibrated(str(tmp_path / "m"), str(tmp_path / "out"))
+    convert.calibrated(str(tmp_path / "m"), str(tmp_path / "out"), 0)
     convert.check(tmp_path / "m", tmp_path / "out", "calibrated svd")
     assert Checkpoint(tmp_path / "out").read("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16

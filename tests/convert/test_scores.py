@@ -7,7 +7,8 @@ import torch
 from helpers.heads import random_heads, scrambled_copies
 
 from gqa.convert import merge
-from gqa.convert.scores import Positions, _conjugate_gradients, _Fit, refit_scores
+from gqa.convert.scores import Positions, _conjugate_gradients, _Fit, _Side, refit_scores
+from gqa.weights.layout import Norm
 
 n, T = 5, 11
 
@@ -54,8 +55,9 @@ def test_the_gradient_is_that_of_the_objective(turn, window):
     x, parent_x = draw(n, T, 7, seed=1) / 2, draw(n, T, 7, seed=2) / 2
     q, k = draw(6, 6, 7, seed=3), draw(6, 7, seed=4)
     fit = _Fit(merge.mean(group, None, torch.Generator()), group, x, parent_x, where)
-    fixed = [fit._turned(part, k[None] if turn == "q" else q) for part in fit.inputs]
-    got = fit._pull(turn, q if turn == "q" else k, fixed, with_target=True)
+    moving, fixed = fit._sides(turn, q, k[None])
+    got = fit._pull(turn, moving, fixed, [side.value for side in moving], fit.scores)
+    got = got if turn == "q" else got[0]
 
     free = (q if turn == "q" else k).clone().requires_grad_(True)
     parts = (free, k) if turn == "q" else (q, free)
@@ -116,8 +118,56 @@ def test_rows_without_rotary_are_not_turned(rotary):
     plain = torch.einsum("hpe,nte,hpf,nsf->nhts", q[:, rotary:], x, k[:, rotary:], x) * where.scale
     turned = attention(q[:, :rotary], k[:, :rotary], x, where)[0] if rotary else 0
     torch.testing.assert_close(torch.cat(fit.scores), turned + plain)
-    back = fit._turned_back(fit._turned(x, q))
-    torch.testing.assert_close(back, torch.einsum("nte,hde->nhtd", x, q))
+
+
+NORMS = {
+    "none": None,
+    "rms": Norm("rms", "head", shared=True),
+    "layer": Norm("layer", "head", shared=False),
+}
+
+
+def normed(group, norm):
+    """With a norm of every head, and factors that differ."""
+    if norm is None:
+        return group
+    r, G, D, _ = group.q.shape
+    return dataclasses.replace(group, norm=norm, q_norm=1 + draw(r, G, D, seed=8) / 4, k_norm=1 + draw(r, D, seed=9) / 4)
+
+
+@pytest.mark.parametrize("rotary", [None, 4])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_change_is_the_derivative_and_back_its_transpose(norm, rotary):
+    group = normed(random_heads(3, 1, 6, 4, 7, E=7, rotary=rotary), norm)
+    x = draw(n, T, 7, seed=1)
+    fit = _Fit(group, group, x, x, positions(6 if rotary is None else rotary))
+    factors = None if norm is None else group.k_norm
+    side = _Side(fit, x, group.k, factors)
+    delta, pulled = draw(3, 6, 7, seed=2), draw(n, 3, T, 6, seed=3)
+    _, slope = torch.func.jvp(lambda rows: _Side(fit, x, rows, factors).value, (group.k,), (delta,))
+    torch.testing.assert_close(side.change(delta), slope, rtol=0, atol=1e-4 if norm else 1e-12)
+    forward, backward = (side.change(delta) * pulled).sum(), (side.back(pulled) * delta).sum()
+    torch.testing.assert_close(forward, backward)
+    if norm is None:
+        torch.testing.assert_close(side.value, side.change(group.k))
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_norm_is_fitted_through(norm):
+    """A group whose merged head has lost by sharing attends more like its parents afterwards."""
+    group = normed(random_heads(3, 1, 8, 4, 12, E=12), NORMS[norm])
+    where, x = positions(8), draw(n, T, 12, seed=1)
+    child = merge.svd(group, moment=None, generator=torch.Generator())
+    better = refit_scores(child, group, x, x, where)
+    wanted = torch.cat(_Fit(group, group, x, x, where).attention)
+
+    def divergence(heads):
+        got = torch.cat(_Fit(heads, heads, x, x, where).attention)
+        some = where.visible.expand_as(wanted)
+        return (wanted[some] * (wanted[some] / got[some]).log()).sum().item()
+
+    assert divergence(better) < 0.5 * divergence(child)
+    assert torch.equal(better.v, child.v)
 
 
 def test_sinks_and_soft_caps_take_their_share():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gqa.convert.states import States, StatesFile, Store, head
+from gqa.convert.states import States, StatesFile, Store, head, tail
 
 N, T, D = 7, 5, 3
 
@@ -28,6 +28,9 @@ def test_what_is_kept_is_read_back(store, dtype, batch):
     assert len(first) == 2
     assert torch.equal(torch.cat(list(first.split(1))), expected[:2])
     assert len(head(states, 99)) == N
+    assert torch.equal(torch.cat(list(tail(states, 3).split(2))), expected[4:])
+    assert torch.equal(head(tail(states, 5), 2)[:9], expected[2:4])
+    assert torch.equal(tail(head(states, 5), 2)[:9], expected[3:5])
 
 
 def test_a_name_is_used_again(store):

@@ -59,7 +59,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     assert not any(type(leaf) is not There and isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves), func
     packet = str(func.overloadpacket)
     if there and packet not in (*_INDEXING, "aten.copy_"):
-        strangers = [leaf for leaf in leaves if type(leaf) is not There and isinstance(leaf, torch.Tensor) and leaf.ndim]
+        strangers = [
+            leaf for leaf in leaves if type(leaf) is not There and isinstance(leaf, torch.Tensor) and leaf.ndim
+        ]
         assert not strangers, f"{func} meets tensors of two devices"
     wanted = kwargs.get("device")
     goes_there = wanted is not None and torch.device(wanted).type == NAME

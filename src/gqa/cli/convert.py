@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Windows as in the trials behind the defaults; a shorter context bounds it.
 _WINDOW = 256
 
+_WORTH_TELLING_SECONDS = 10
+
 # Of a text that is too short, one window in so many is kept for the comparison.
 _FEWEST_FITTED = 8
 
@@ -48,6 +50,7 @@ _PLAN_BASIS: dict[str, str] = dict.fromkeys(
     (
         "bytes",
         "free_space_needed_bytes",
+        "seconds_estimate",
         "peak_memory_bytes_estimate",
         "peak_memory_bytes_streamed_estimate",
     ),
@@ -146,6 +149,7 @@ def command(
     """
     from gqa.config import parse_config
     from gqa.convert.auto import candidates
+    from gqa.convert.effort import seconds_estimate
     from gqa.convert.job import plan_conversion
     from gqa.device import check_device, default_device
     from gqa.source import open_checkpoint
@@ -182,8 +186,9 @@ def command(
     for note in () if job.exact else job.layout.notes:
         output.note(f"note: {note}")
     inputs = {"model": model, "out": str(out), "texts": [str(path) for path in texts], "recipe": recipe.to_dict()}
+    seconds = seconds_estimate(job, device)
     if dry_run:
-        plan = job.describe()
+        plan = job.describe() | {"seconds_estimate": seconds}
         if as_json:
             output.record(Record("convert", {**inputs, "dry_run": True}, plan, _PLAN_BASIS))
         else:
@@ -193,6 +198,8 @@ def command(
     from gqa.convert.auto import convert_within
     from gqa.convert.run import convert
 
+    if seconds and seconds > _WORTH_TELLING_SECONDS:
+        output.note(f"note: this takes about {format_seconds(seconds)}{' each' if search else ''} (estimate)")
     windows = None
     if recipe.all_windows and not job.exact:
         recipe, windows = _cut(recipe, source, text)
@@ -326,3 +333,5 @@ def _print_plan(plan: dict[str, Any], out: Path) -> None:
     peak, streamed = plan["peak_memory_bytes_estimate"], plan["peak_memory_bytes_streamed_estimate"]
     or_files = f", or {format_bytes(streamed)} with the text's activations in files" if streamed < peak else ""
     output.data(f"memory: about {format_bytes(peak)}{or_files} (estimate)")
+    if plan["seconds_estimate"]:
+        output.data(f"time: about {format_seconds(plan['seconds_estimate'])} beside the copying (estimate)")

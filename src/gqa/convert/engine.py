@@ -30,7 +30,7 @@ from gqa.weights.reader import Checkpoint
 _WEIGHTED = ("svd", "procrustes")
 
 # Why a layer's W_q and W_k were not fitted to the parent's scores.
-_NO_SCORES = "W_q and W_k: between them and the scores stands a norm, or ALiBi"
+_NO_SCORES = "W_q and W_k: between them and the scores stands a norm of all heads together, or ALiBi"
 
 
 class Engine:
@@ -100,7 +100,7 @@ class Engine:
         child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
 
-        if self.recipe.refit and (parent.norm is not None or shape.alibi):
+        if self.recipe.refit and not scores.can_refit(parent.norm, shape):
             report["not_refitted"] = _NO_SCORES
         elif self.recipe.refit:
             some = slice(0, max(1, scores.SCORE_TOKENS // inputs.shape[1]))
