@@ -60,6 +60,21 @@ def test_rotary_per_kind_of_layer():
     assert child["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
+def test_longrope_as_transformers_4_wants_it():
+    """Exactly these three keys (its Phi3Config checks), the original context beside them."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1],
+        "long_factor": [2.0, 2.2],
+        "original_max_position_embeddings": 32,
+    }
+    child = child_config(PARENT | {"rope_parameters": longrope}, 2)
+    assert child["rope_parameters"] == longrope
+    assert child["rope_scaling"] == {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 2.2]}
+    assert child["original_max_position_embeddings"] == 32
+
+
 def test_legacy_keys_that_are_there_stay():
     legacy = {key: value for key, value in PARENT.items() if key not in ("rope_parameters", "dtype")}
     legacy |= {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float16"}

@@ -5,12 +5,13 @@ import torch
 from helpers.checkpoints import folder_hashes, random_windows, tiny_config, tiny_source
 from helpers.other_device import NAME, OtherDevice
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gqa.convert import memory
 from gqa.convert.recipe import make_recipe
 from gqa.convert.run import convert
 from gqa.errors import GqaError
+from gqa.source import open_checkpoint
 
 RECIPES = {
     "data-free": make_recipe(2),
@@ -21,15 +22,25 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["memory", "files"])
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("model_type", "name", "streamed"),
+    [
+        *(("llama", name, False) for name in RECIPES),
+        ("llama", "refined", True),
+        ("qwen2", "data-free", False),
+        ("qwen2", "refined", False),
+        ("qwen3", "calibrated", False),
+    ],
+)
 def test_the_same_model_as_on_the_cpu(tmp_path, monkeypatch, model_type, name, streamed):
     if streamed:
         monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
     recipe = RECIPES[name]
-    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]} if model_type == "qwen2" else {}
-    source, windows = tiny_source(tmp_path / "parent", tiny_config(**names)), random_windows(recipe)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**tiny_config(model_type=model_type, initializer_range=0.2))
+    )
+    model.save_pretrained(tmp_path / "parent")
+    source, windows = open_checkpoint(str(tmp_path / "parent")), random_windows(recipe)
     convert(source, tmp_path / "here", recipe, windows)
     with OtherDevice() as device:
         convert(source, tmp_path / "there", recipe, windows, device=NAME)

@@ -69,6 +69,20 @@ def test_sharded_index_names_every_tensor_and_its_bytes(tmp_path):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_a_tokenizer_class_of_transformers_5_gets_its_older_name(tmp_path):
+    source = tiny_source(tmp_path / "parent")
+    path = tmp_path / "parent" / "tokenizer_config.json"
+    for name, wanted in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("LlamaTokenizer", "LlamaTokenizer")):
+        path.write_text(json.dumps({"tokenizer_class": name, "model_max_length": 7}))
+        convert(source, tmp_path / name)
+        copied = (tmp_path / name / "tokenizer_config.json").read_text()
+        assert json.loads(copied) == {"tokenizer_class": wanted, "model_max_length": 7}
+        assert (copied == path.read_text()) == (name == wanted)
+    path.write_text("{not json")  # for others to complain of
+    convert(source, tmp_path / "strange")
+    assert (tmp_path / "strange" / "tokenizer_config.json").read_text() == "{not json"
+
+
 def test_config_has_the_new_head_count_and_the_legacy_spellings(tmp_path):
     convert(tiny_source(tmp_path / "parent"), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

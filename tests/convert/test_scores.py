@@ -132,7 +132,9 @@ def normed(group, norm):
     if norm is None:
         return group
     r, G, D, _ = group.q.shape
-    return dataclasses.replace(group, norm=norm, q_norm=1 + draw(r, G, D, seed=8) / 4, k_norm=1 + draw(r, D, seed=9) / 4)
+    return dataclasses.replace(
+        group, norm=norm, q_norm=1 + draw(r, G, D, seed=8) / 4, k_norm=1 + draw(r, D, seed=9) / 4
+    )
 
 
 @pytest.mark.parametrize("rotary", [None, 4])

@@ -12,6 +12,7 @@ from gqa.errors import GqaError
 
 # The rotary key of transformers 5, and per layer kind where the kinds differ.
 _ROPE = "rope_parameters"
+_OLD_CONTEXT = "original_max_position_embeddings"
 _ROPE_OF_KIND = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
@@ -70,4 +71,8 @@ def _add_legacy_rope(part: dict[str, Any]) -> None:
                 part.setdefault(key, rope[key])
     if rope.get("rope_type", "default") != "default":
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        if scaling["rope_type"] == "longrope":  # transformers 4 wants it so, and the old context beside it
+            scaling["type"] = scaling.pop("rope_type")
+            if _OLD_CONTEXT in scaling:
+                part.setdefault(_OLD_CONTEXT, scaling.pop(_OLD_CONTEXT))
         part.setdefault("rope_scaling", scaling)

@@ -41,6 +41,7 @@ _LEFT_OUT = (
 )
 _TEMPLATES = "additional_chat_templates"
 _PARENT_CARD = "README.parent.md"
+_TOKENIZER = "tokenizer_config.json"
 # Room for config, card, tokenizer and journal when space is checked.
 _SMALL_BYTES = 1 << 20
 
@@ -51,9 +52,23 @@ def copy_small_files(folder: Path, result: Path) -> None:
         relative = path.relative_to(folder)
         target = result / (_PARENT_CARD if relative.name == "README.md" else relative)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        if relative.name == _TOKENIZER and (text := _readable_by_transformers_4(path)):
+            target.write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, target)
         with target.open("rb") as stream:
             os.fsync(stream.fileno())
+
+
+def _readable_by_transformers_4(path: Path) -> str | None:
+    """tokenizer_config.json with the older name of a class that transformers 5 has renamed; None where it is another."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
+        return None
+    return json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _small_files(folder: Path) -> list[Path]:

@@ -246,7 +246,7 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _add_legacy_keys(folder / "config.json")
+    _add_legacy_keys(folder)
     facts: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -326,12 +326,17 @@ def _new_model(recipe: EmbeddedRecipe) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def _add_legacy_keys(path: Path) -> None:
-    """transformers 5 writes rope_parameters and dtype only; older readers look for these names and else guess."""
+def _add_legacy_keys(folder: Path) -> None:
+    """transformers 5 writes rope_parameters and dtype only, and a tokenizer class of its own; older readers look for
+    these names and else guess, or stop."""
+    path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config["rope_scaling"] = None
     config["torch_dtype"] = config["dtype"]
+    write_text_atomic(path, json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     write_text_atomic(path, json.dumps(config, indent=2) + "\n")
 
 
