@@ -43,6 +43,7 @@ COMMAND = "benchmark convert"
 KV_HEADS = 8
 SHARD_BYTES = 5_000_000_000  # what save_pretrained makes
 WINDOWS, WINDOW = 32, 512  # of the calibrated conversion
+MEASURED = 4  # further windows, on which it compares itself with its parent
 BLOCK_BYTES = 128 << 20
 
 _COMMON = {
@@ -200,8 +201,11 @@ def tell(row: dict[str, Any]) -> None:
 def calibrated(parent: str, child: str, refine_tokens: int) -> None:
     """What the rows with text time, as a process of its own: random tokens, as random weights have no language."""
     source = open_checkpoint(parent)
-    recipe = make_recipe(KV_HEADS, calibration_tokens=WINDOWS * WINDOW, refine_tokens=refine_tokens, window=WINDOW)
-    windows = np.random.default_rng(0).integers(0, source.config["vocab_size"], (WINDOWS, WINDOW))
+    tokens, measured = WINDOWS * WINDOW, MEASURED * WINDOW
+    recipe = make_recipe(
+        KV_HEADS, calibration_tokens=tokens, refine_tokens=refine_tokens, window=WINDOW, measure_tokens=measured
+    )
+    windows = np.random.default_rng(0).integers(0, source.config["vocab_size"], (WINDOWS + MEASURED, WINDOW))
     convert(source, child, recipe, windows, lambda stage, done, total, note="": print(stage, done, total, note))
 
 

@@ -59,8 +59,8 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
         peak += 3 * attention * 4
     embedding = job.checkpoint.entry(job.layout.embedding)
     first = embedding.nbytes + math.prod(embedding.shape) * 4 + tokens * d * 4
-    if recipe.measure_tokens:  # the head, and the logits of one window
-        first += recipe.window * job.checkpoint.shape(job.layout.embedding)[0] * 4 * 2
+    if recipe.measure_tokens:  # the head, and the logits of one window with what the loss makes of them
+        first += recipe.window * job.checkpoint.shape(job.layout.embedding)[0] * 4 * 3
     return _WITH_BLOCKS_BYTES + max(peak, first)
 
 
