@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gqa.convert.calibrate import BATCH
-from gqa.convert.scores import SCORE_TOKENS, SOLVES, can_refit
+from gqa.convert.scores import SOLVES, can_refit, score_tokens
 
 if TYPE_CHECKING:
     from gqa.convert.job import Job
@@ -27,7 +27,7 @@ def seconds_estimate(job: Job, device: str = "cpu") -> float | None:
     """Seconds for the calculations; None where they are hidden behind the writing of files.
 
     Counted per layer: parent's and child's passes over n tokens, covariances and least squares in float64, the search
-    for groups and the closed form, the refit of scores on SCORE_TOKENS tokens, and 6 A + 12 G H T D per token of
+    for groups and the closed form, the refit of scores on some of them, and 6 A + 12 G H T D per token of
     refinement. Good to a factor of two.
     """
     if job.pooled or job.identity:
@@ -66,7 +66,7 @@ def _layer_flops(job: Job, layer: int) -> tuple[float, float]:
             m = heads * Dv
             wide += 2 * n * (m * m + 2 * m * d) + m**3
             if can_refit(job.layout.norm, shape):
-                narrow += SOLVES * min(n, SCORE_TOKENS) * heads * (4 * d * D + 6 * T * D + 8 * T)
+                narrow += SOLVES * min(n, score_tokens(d)) * heads * (4 * d * D + 6 * T * D + 8 * T)
     if recipe.refine_tokens:
         tokens = recipe.refine_steps * BATCH * T
         narrow += tokens * (6 * A + 3 * core) + recipe.refine_steps * 5 * 6 * A * d

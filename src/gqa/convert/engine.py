@@ -103,7 +103,7 @@ class Engine:
         if self.recipe.refit and not scores.can_refit(parent.norm, shape):
             report["not_refitted"] = _NO_SCORES
         elif self.recipe.refit:
-            some = slice(0, max(1, scores.SCORE_TOKENS // inputs.shape[1]))
+            some = slice(0, max(1, scores.score_tokens(inputs.shape[2]) // inputs.shape[1]))
             parent_inputs = block.attention_input(parent_hidden[some])
             child = self._refit_scores(
                 child, parent, groups, inputs[some], parent_inputs, block.positions(inputs[:1], shape)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gqa.convert.calibrate import BATCH
-from gqa.convert.scores import SCORE_TOKENS
+from gqa.convert.scores import score_tokens
 from gqa.errors import GqaError
 from gqa.units import format_bytes
 
@@ -34,8 +34,8 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     Pooling: two layers' attention as it is stored. Data-free: 5 A numbers of float64, parent's and child's attention
     and what the closed forms make of it. Calibrated: also B + A of float32 (a block of the parent, and the child's
     attention), 4 d^2 of float64 (the covariance and its roots), and about ten numbers per token and hidden dimension:
-    of all n tokens, or, streamed, of a batch. Refitting scores holds one group's scores and attention on
-    SCORE_TOKENS tokens. Refining adds gradients and momenta for one attention.
+    of all n tokens, or, streamed, of a batch. Refitting scores holds, for some of the tokens, one group's
+    scores and attention and six times its queries. Refining adds gradients and momenta for one attention.
     """
     if job.identity:
         return _LIBRARIES_BYTES
@@ -54,7 +54,8 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     peak += (block + attention) * 4 + 4 * d * d * 8 + 10 * (batch if streamed else tokens) * d * 4
     if recipe.refit:
         queries = max(layer.query_heads for layer in job.child.layers) // recipe.kv_heads
-        peak += 2 * queries * min(SCORE_TOKENS, tokens) * recipe.window * 4
+        states = 6 * max(layer.head_dim for layer in job.child.layers)
+        peak += queries * min(score_tokens(d), tokens) * (2 * recipe.window + states) * 4
     if recipe.refine_tokens:
         peak += 3 * attention * 4
     embedding = job.checkpoint.entry(job.layout.embedding)

@@ -15,9 +15,9 @@ from gqa.convert.muon import Muon
 from gqa.convert.states import States
 from gqa.progress import Progress, silent
 
-# Ridge of the refit, as a share of the mean energy of what W_o is given: ties directions that the text does not
-# show to the closed-form W_o.
-_RIDGE = 1e-4
+# Ridge of the refit, in tokens: the closed-form W_o counts as much as that part of a token in every direction. It ties
+# directions that the text does not show, and keeps a fit on little text from following it (docs/LOG.md).
+_RIDGE = 0.25
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def output_error(block: Block, inputs: States, targets: States) -> float:
 def refit(block: Block, inputs: States, targets: States) -> None:
     """Replace W_o by the ridge regression of the parent's attention output on what the child's W_o is given:
 
-    minimise sum |W_o z + b - y|^2 + r |W_o - W_o,old|^2 with z (m,), y (d,), r = 1e-4 * E|z|^2 / m * tokens.
+    minimise sum |W_o z + b - y|^2 + r |W_o - W_o,old|^2 with z (m,), y (d,), r = E|z|^2 / 4.
     """
     weight, bias = block.output.weight, block.output.bias
     m = weight.shape[1]
@@ -42,6 +42,7 @@ def refit(block: Block, inputs: States, targets: States) -> None:
     gram = old.new_zeros(m, m)
     cross = old.new_zeros(m, weight.shape[0])
     given: list[Tensor] = []
+    tokens = inputs.shape[0] * inputs.shape[1]
     handle = block.output.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:
         for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True):
@@ -52,7 +53,7 @@ def refit(block: Block, inputs: States, targets: States) -> None:
             cross += z.T @ (rest if bias is None else rest - bias.double())
     finally:
         handle.remove()
-    gram.diagonal().add_(_RIDGE * gram.trace() / m)
+    gram.diagonal().add_(_RIDGE * gram.trace() / tokens)
     weight.copy_(old + torch.linalg.solve(gram, cross).T)
 
 

@@ -16,9 +16,6 @@ from gqa.config import LayerShape
 from gqa.convert.heads import Heads, from_pairs, to_pairs
 from gqa.weights.layout import Norm
 
-# Tokens of the calibration text that the fit looks at.
-SCORE_TOKENS = 4096
-
 # Conjugate-gradient steps per matrix; the matrices take turns, the queries first and last.
 _STEPS = 10
 _TURNS = ("q", "k", "q")
@@ -45,6 +42,12 @@ class Positions:
     visible: Tensor
     scale: float
     softcap: float | None = None
+
+
+def score_tokens(hidden: int) -> int:
+    """How many tokens of the text the fit looks at: with less than some four per input it begins to fit the text alone
+    (docs/LOG.md), and more than 4096 give little to a small model."""
+    return max(4096, 4 * hidden)
 
 
 def can_refit(norm: Norm | None, shape: LayerShape) -> bool:
