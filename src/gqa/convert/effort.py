@@ -69,7 +69,7 @@ def _layer_flops(job: Job, layer: int) -> tuple[float, float]:
                 narrow += SOLVES * min(n, score_tokens(d)) * heads * (4 * d * D + 6 * T * D + 8 * T)
     if recipe.refine_tokens:
         tokens = recipe.refine_steps * BATCH * T
-        narrow += tokens * (6 * A + 3 * core) + recipe.refine_steps * 5 * 6 * A * d
+        narrow += tokens * (6 * A + 3 * core) + recipe.refine_steps * 25 * A * D  # and Muon's products, head by head
     return narrow, wide
 
 

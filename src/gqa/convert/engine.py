@@ -119,6 +119,7 @@ class Engine:
                 student,
                 head(inputs, some),
                 head(targets, some),
+                head_dim=shape.head_dim,
                 steps=self.recipe.refine_steps,
                 learning_rate=self.recipe.refine_learning_rate,
                 generator=generator,

@@ -6,9 +6,10 @@ Letters: N windows · T tokens per window · d hidden size · m = H*G*Dv, the wi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gqa.convert.calibrate import BATCH, Block
 from gqa.convert.muon import Muon
@@ -62,6 +63,7 @@ def refine(
     inputs: States,
     targets: States,
     *,
+    head_dim: int,
     steps: int,
     learning_rate: float,
     generator: torch.Generator,
@@ -71,15 +73,16 @@ def refine(
     """A short training of W_q, W_k, W_v, W_o (and their biases) of this attention alone.
 
     Loss: sum |o - y|^2 / sum |y|^2 of the batch, o the child's attention output on its own input, y the parent's at
-    the same layer. Muon for the matrices, Adam for biases; a step moves a matrix by `learning_rate` of its root mean
-    square singular value at the start, falling to zero along a cosine, so that one rate fits models of any scale.
-    Nothing else of the model is in memory.
+    the same layer. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate` of its
+    heads' root mean square singular value at the start, falling to zero along a cosine, so that one rate fits models of
+    any scale. Nothing else of the model is in memory.
     """
     parameters = [p.requires_grad_(True) for p in block.attention.parameters()]
-    matrices = [p for p in parameters if p.ndim == 2]
-    vectors = [p for p in parameters if p.ndim < 2]
+    matrices = [module.weight for module in block.attention.modules() if isinstance(module, nn.Linear)]
+    known = {id(matrix) for matrix in matrices}
+    vectors = [p for p in parameters if id(p) not in known]
     optimisers: list[torch.optim.Optimizer] = [
-        Muon([{"params": [p], "lr": learning_rate * float(p.detach().norm()) / min(p.shape) ** 0.5} for p in matrices])
+        Muon([_by_heads(p, head_dim, learning_rate, output=p is block.output.weight) for p in matrices])
     ]
     if vectors:
         optimisers.append(
@@ -104,6 +107,15 @@ def refine(
             progress(stage, step + 1, steps, f"error {loss.item():.4f}")
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def _by_heads(matrix: Tensor, head_dim: int, learning_rate: float, *, output: bool) -> dict[str, Any]:
+    """A group of parameters for Muon: the rows of a projection are heads, the columns of W_o."""
+    rows, columns = matrix.shape
+    block = (rows, head_dim) if output else (head_dim, columns)
+    heads = matrix.numel() // (block[0] * block[1])
+    size = float(matrix.detach().norm()) / (heads * min(block)) ** 0.5
+    return {"params": [matrix], "lr": learning_rate * size / max(1.0, block[0] / block[1]) ** 0.5, "block": block}
 
 
 def _size(vector: Tensor) -> float:
