@@ -45,9 +45,9 @@ class Positions:
 
 
 def score_tokens(hidden: int) -> int:
-    """How many tokens of the text the fit looks at: with less than some four per input it begins to fit the text alone
-    (docs/LOG.md), and more than 4096 give little to a small model."""
-    return max(4096, 4 * hidden)
+    """How many tokens of the text the fit looks at: more than four per input give little to a small model, one per
+    input half of what can be had (docs/LOG.md), and the time is proportional to them."""
+    return max(4096, 2 * hidden)
 
 
 def can_refit(norm: Norm | None, shape: LayerShape) -> bool:
