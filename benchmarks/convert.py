@@ -174,7 +174,8 @@ def time_mean(parent: Path, nbytes: int, turns: int) -> Iterator[dict[str, Any]]
             check(parent, child, "mean")
         removed(child)
         row = {
-            "what": "mean", "parent_bytes": nbytes, "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak,
+            "what": "mean", "parent_bytes": nbytes,
+            "seconds": seconds, "bytes_per_second": nbytes / seconds, "peak_rss_bytes": peak,
             "cp_seconds": copied, "cp_bytes_per_second": nbytes / copied, "cp_seconds_to_disk": copied + to_disk,
             "share_of_cp": copied / seconds, "share_of_cp_to_disk": (copied + to_disk) / seconds,
         }  # fmt: skip

@@ -72,10 +72,10 @@ def refine(
 ) -> None:
     """A short training of W_q, W_k, W_v, W_o (and their biases) of this attention alone.
 
-    Loss: sum |o - y|^2 / sum |y|^2 of the batch, o the child's attention output on its own input, y the parent's at
-    the same layer. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate` of its
-    heads' root mean square singular value at the start, falling to zero along a cosine, so that one rate fits models of
-    any scale. Nothing else of the model is in memory.
+    Loss: sum |o - y|^2 / sum |y|^2 of the batch, o the child's attention output on its own input, y the target at the
+    same layer. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate`
+    of its heads' root mean square singular value at the start, falling to zero along a cosine, so that one rate fits
+    models of any scale. Nothing else of the model is in memory.
     """
     parameters = [p.requires_grad_(True) for p in block.attention.parameters()]
     matrices = [module.weight for module in block.attention.modules() if isinstance(module, nn.Linear)]

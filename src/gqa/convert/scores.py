@@ -155,7 +155,8 @@ class _Side:
         self.x, self.turns, self.factors = x, fit.turns.T, None
         states = self._project(rows)
         if factors is not None:
-            assert fit.norm is not None and fit.norm.over == "head", "the norm of all heads together is not a head's"
+            assert fit.norm is not None
+            assert fit.norm.over == "head", "the norm of all heads together is not a head's"
             self.factors, self.centred = factors[:, :, None], fit.norm.kind == "layer"
             states = self._centre(states)
             self.inverse = (states.square().mean(-2, keepdim=True) + _NORM_FLOOR).rsqrt()
