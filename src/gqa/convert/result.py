@@ -61,7 +61,7 @@ def copy_small_files(folder: Path, result: Path) -> None:
 
 
 def _readable_by_transformers_4(path: Path) -> str | None:
-    """tokenizer_config.json with the older name of the class that transformers 5 has renamed; None for other classes."""
+    """tokenizer_config.json with the older name of a class that transformers 5 renamed; None for other classes."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
