@@ -85,7 +85,8 @@ def test_layers_title_names_the_worst_layer_of_the_strongest_method() -> None:
         {"kv_heads": 2, "method": "svd+refine", "layer": 3, "hidden_error": 0.02},
     ]
     told = words.layers_title(study(layers=rows))
-    assert told == "With 2 KV heads and refined svd hidden states are at most 2.0% off, behind layer 3"
+    off = words.percent(0.02)
+    assert told == f"With 2 KV heads and refined svd hidden states are at most {off} off, behind layer 3"
 
 
 def test_titles_without_their_tables() -> None:
