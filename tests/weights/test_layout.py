@@ -116,7 +116,9 @@ def test_layout_files_say_everything():
     for file in layouts._data().joinpath("layouts").iterdir():
         table = tomllib.loads(file.read_text(encoding="utf-8"))
         assert set(table) - _SOMETIMES == _ALWAYS, file.name
-        assert set(table["attention"]) - _MORE_ROLES == _ROLES, file.name
+        assert set(table["attention"]) - _MORE_ROLES - {"residual_scale"} == _ROLES, file.name
+        normed_behind = file.name.startswith(("gemma2", "gemma3", "olmo2"))
+        assert ("residual_scale" in table["attention"]) != normed_behind, file.name
         assert table["attention"]["rotary"] in ("half", "interleaved", "none")
         for model_type in table["model_types"]:
             assert dataclasses.is_dataclass(load_layout(model_type))
@@ -126,6 +128,13 @@ def test_notes_that_only_some_models_need():
     assert not load_layout("cohere").notes
     assert "layer norm" in load_layout("cohere", {"use_qk_norm": True}).notes[0]
     assert not load_layout("olmo", {"clip_qkv": None}).notes
+
+
+def test_the_scale_of_the_residual_stream_may_be_a_key_of_the_config():
+    assert load_layout("llama").residual_scale == 1
+    assert load_layout("granite", {"residual_multiplier": 0.22}).residual_scale == 0.22
+    assert load_layout("granite", {}).residual_scale == 1
+    assert load_layout("olmo2").residual_scale is None
 
 
 def test_experts_are_stacked_as_transformers_holds_them():
