@@ -278,6 +278,8 @@ def _print_report(report: dict[str, Any]) -> None:
             for what, name, form in pairs
         ]
     )
+    for one in report.get("tried", ()):
+        output.data(f"not within the budget: {one['kv_heads']} KV heads, perplexity {_change(one):+.2%} (measured)")
     if report["measured"]:
         one = report["measured"]
         output.data(
