@@ -18,7 +18,8 @@ from gqa.convert.scores import SOLVES, can_refit, score_tokens
 if TYPE_CHECKING:
     from gqa.convert.job import Job
 
-# What decompositions take in products of matrices of their size, one after another as they are (measured).
+# What decompositions take in products of matrices of their size: a guess, with which `svd` of a 7B shape was estimated
+# at 6 min 13 s where it took 3 min 42 s.
 _EIGH = 60
 _MEASURE_SIZE = 1024
 
