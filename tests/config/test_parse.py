@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gqa.config import LayerShape, parse_config
+from gqa.config.parse import model_types as known_types
 from gqa.errors import GqaError
 
 LLAMA = {
@@ -94,6 +95,116 @@ def test_which_layers_slide(config, layers):
     assert windows <= {16}
 
 
+def layers_of(**config):
+    return parse_config(without("num_key_value_heads") | config, "x").layers
+
+
+def test_chunked_attention():
+    # Llama 4: every fourth layer has no rotary embedding and sees everything.
+    layers = layers_of(model_type="llama4_text", attention_chunk_size=32)
+    assert "".join(layer.kind[0] for layer in layers) == "cccf"
+    assert [layer.window for layer in layers] == [32, 32, 32, None]
+    named = layers_of(model_type="llama4_text", attention_chunk_size=32, no_rope_layers=[0, 1, 1, 0])
+    assert "".join(layer.kind[0] for layer in named) == "fccf"
+    assert all(layer.kind == "full" for layer in layers_of(model_type="llama4_text", attention_chunk_size=None))
+
+
+def test_layers_that_share_a_cache():
+    layers = layers_of(model_type="gemma3n_text", num_kv_shared_layers=2, num_hidden_layers=5)
+    assert [layer.shares_cache for layer in layers] == [False, False, False, True, True]
+    # Hunyuan-Large: cross-layer attention in pairs.
+    pairs = layers_of(model_type="hunyuan", use_cla=True, cla_share_factor=2)
+    assert [layer.shares_cache for layer in pairs] == [False, True, False, True]
+    assert not any(layer.shares_cache for layer in layers_of(model_type="hunyuan", use_cla=False, cla_share_factor=2))
+
+
+def test_heads_that_differ_between_layers():
+    # MiMo-V2-Flash: zeros are full layers; the sliding ones have more KV heads.
+    mimo = layers_of(
+        model_type="mimo_v2_flash",
+        hybrid_layer_pattern=[0, 1, 1, 1],
+        sliding_window=128,
+        num_key_value_heads=4,
+        swa_num_key_value_heads=8,
+        head_dim=24,
+        v_head_dim=16,
+    )
+    assert [(layer.kind, layer.kv_heads, layer.window) for layer in mimo[:2]] == [
+        ("full", 4, None),
+        ("sliding", 8, 128),
+    ]
+    assert (mimo[1].head_dim, mimo[1].v_head_dim) == (24, 16)
+    gemma = {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 6,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 32,
+    }
+    gated = layers_of(**gemma, attention_k_eq_v=True)[-1]
+    assert (gated.kind, gated.kv_heads, gated.head_dim) == ("full", 2, 32)
+    assert layers_of(**gemma, attention_k_eq_v=False)[-1].kv_heads == 4
+    # Nemotron-NAS: queries per KV head of each block, or none of the attention.
+    nas = layers_of(
+        model_type="nemotron-nas",
+        block_configs=[{"attention": {"n_heads_in_group": 4}}, {"attention": {"n_heads_in_group": 8}}]
+        + [{"attention": {"no_op": True, "n_heads_in_group": None}}] * 2,
+    )
+    assert [(layer.kind, layer.kv_heads) for layer in nas] == [("full", 2), ("full", 1), ("none", 0), ("none", 0)]
+
+
+def test_a_dial_over_unlike_layers():
+    shape = parse_config(
+        without("num_key_value_heads")
+        | {"model_type": "gemma4_text", "num_hidden_layers": 6, "num_global_key_value_heads": 2}
+        | {"attention_k_eq_v": True},
+        "x",
+    )
+    assert shape.dial == (1, 2, 4, 8)
+    assert {layer.kv_heads for layer in shape.with_kv_heads(2).layers} == {2}
+    with pytest.raises(GqaError, match="no single kv_heads") as caught:
+        _ = shape.kv_heads
+    assert caught.value.got == "2 and 4"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "jamba", "attn_layer_period": 3, "attn_layer_offset": 1}, "lfllfl"),
+        ({"model_type": "bamba", "attn_layer_indices": [2]}, "llflll"),
+        ({"model_type": "lfm2", "full_attn_idxs": [0, 5]}, "fllllf"),
+        ({"model_type": "qwen3_next", "full_attention_interval": 2}, "lflflf"),
+        ({"model_type": "minimax"}, "flflfl"),
+        ({"model_type": "minimax_text_01", "attn_type_list": [0, 0, 1, 0, 0, 1]}, "llfllf"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-E"}, "lnlfnn"),
+        ({"model_type": "recurrent_gemma", "attention_window_size": 8}, "llslls"),
+        ({"model_type": "mamba2", "num_attention_heads": None}, "llllll"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_linear_layers(config, words):
+    layers = layers_of(num_hidden_layers=6, **config)
+    assert "".join(layer.kind[0] for layer in layers) == words
+    assert all((layer.state is not None) == (layer.kind == "linear") for layer in layers)
+    assert all(layer.query_heads == 0 for layer in layers if layer.kind in ("linear", "none"))
+
+
+def test_other_spellings_of_kv_heads():
+    dbrx = {"model_type": "dbrx", "d_model": 64, "n_heads": 8, "n_layers": 4, "attn_config": {"kv_n_heads": 2}}
+    assert parse_config(dbrx, "x").kv_heads == 2
+    mpt = {"model_type": "mpt", "d_model": 64, "n_heads": 8, "n_layers": 4}
+    assert parse_config(mpt | {"attn_config": {"attn_type": "multiquery_attention"}}, "x").kv_heads == 1
+    assert parse_config(mpt | {"attn_config": {"attn_type": "multihead_attention"}}, "x").kv_heads == 8
+    glm = without("num_hidden_layers", "num_key_value_heads") | {"model_type": "chatglm", "num_layers": 2}
+    assert parse_config(glm | {"multi_query_group_num": 2, "kv_channels": 16}, "x").head_dim == 16
+    assert parse_config(glm | {"multi_query_group_num": 2, "multi_query_attention": True}, "x").kv_heads == 2
+    # LongCat-Flash has two attention blocks in each of its layers.
+    longcat = layers_of(model_type="longcat_flash", qk_rope_head_dim=8)
+    assert len(longcat) == 8
+    assert {layer.kind for layer in longcat} == {"mla"}
+    indexed = layers_of(model_type="deepseek_v32")[0]
+    assert (indexed.index_dim, indexed.index_topk) == (128, 2048)
+
+
 def test_a_window_without_a_pattern_is_not_guessed():
     with pytest.raises(GqaError, match="not which layers slide"):
         parse_config(of_type("anything"), "x")
@@ -176,6 +287,11 @@ def test_dtype_and_quantisation():
         {"swa_num_key_value_heads": 4},
         {"multi_query_group_num": 2},
         {"index_topk": 2048},
+        {"attn_config": {"kv_n_heads": 2}},
+        {"block_configs": [{}]},
+        {"use_cla": True},
+        {"per_layer_config": {"0": {"num_key_value_heads": 1}}},
+        {"linear_attn_config": {"num_heads": 2}},
         {"is_encoder_decoder": True},
     ],
     ids=lambda config: next(iter(config)),
@@ -239,13 +355,27 @@ known_keys = st.sampled_from(
         | {"qk_nope_head_dim", "v_head_dim", "q_lora_rank", "num_local_experts", "num_experts_per_tok", "dtype"}
         | {"mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "quantization_config", "multi_query"}
         | {"use_sliding_window", "sliding_window_pattern", "max_window_layers", "n_shared_experts", "attention_bias"}
+        | {"attention_chunk_size", "num_kv_shared_layers", "hybrid_override_pattern", "full_attn_idxs", "block_types"}
+        | {"attn_type_list", "per_layer_config", "block_configs", "attn_config", "mamba_d_ssm", "linear_key_head_dim"}
+        | {"no_rope_layers", "attn_layer_period", "swa_head_dim", "global_head_dim", "index_topk", "lru_width"}
     )
 )
-model_types = st.sampled_from(["llama", "qwen2", "gemma2", "gemma3_text", "falcon", "qwen3_moe", "deepseek_v3", "x"])
-plausible = st.sampled_from([1, 2, 4, 8, 64, None, True, ["full_attention"] * 4, ["sliding_attention"] * 4])
+model_types = st.sampled_from([*sorted(known_types()), "x"])
+plausible = st.sampled_from([1, 2, 4, 8, 64, None, True]) | st.sampled_from(
+    [
+        ["full_attention"] * 4,
+        ["sliding_attention"] * 4,
+        ["linear_attention"] * 4,
+        [0, 1, 1, 0],
+        "M*-M",
+        {"0": {"head_dim": 4}},
+        {"kv_n_heads": 2},
+        [{"attention": {"n_heads_in_group": 2}}] * 4,
+    ]
+)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     st.dictionaries(known_keys, plausible | json_values, max_size=8),
     model_types,
@@ -257,6 +387,6 @@ def test_only_gqa_errors_come_out(edits, model_type, from_llama):
     config = (LLAMA if from_llama else {}) | {"model_type": model_type} | edits
     with contextlib.suppress(GqaError):
         shape = parse_config(config, "fuzzed")
-        assert shape.query_heads % shape.kv_heads == 0
-        assert shape.head_dim > 0
+        assert all(layer.query_heads % layer.kv_heads == 0 for layer in shape.attention)
+        assert all(layer.head_dim > 0 for layer in shape.attention)
         assert len({layer.window for layer in shape.layers}) <= 2

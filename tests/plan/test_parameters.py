@@ -24,6 +24,7 @@ SMALL = {
 }
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 76}
 WIDE = SMALL | {"num_key_value_heads": 2, "intermediate_size": 76}  # classes without a head_dim of their own
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LATENT = SMALL | {
     "intermediate_size": 76,
     "q_lora_rank": 14,
@@ -63,6 +64,14 @@ CASES = {
     "cohere": ("cohere", WIDE | {"pad_token_id": 0}),
     "olmo2": ("olmo2", WIDE | {"pad_token_id": 0}),
     "granite": ("granite", WIDE),
+    "cohere2": ("cohere2", GROUPED | TOKENS),
+    "exaone4": ("exaone4", WIDE | TOKENS),
+    "olmo3": ("olmo3", WIDE | TOKENS),
+    "smollm3": ("smollm3", WIDE | TOKENS),
+    "ministral": ("ministral", GROUPED),
+    "glm4": ("glm4", GROUPED | TOKENS),
+    "seed_oss": ("seed_oss", GROUPED),
+    "olmoe": ("olmoe", WIDE | TOKENS | {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", GROUPED | {"num_local_experts": 4}),
     "deepseek_v2": ("deepseek_v2", LATENT),
     "deepseek_v3": ("deepseek_v3", LATENT),

@@ -4,16 +4,18 @@
 """
 
 from gqa.config.child import child_config
-from gqa.config.parse import MAX_TOKENS, parse_config, text_part
+from gqa.config.parse import parse_config, text_part
 from gqa.config.shape import (
     Details,
     Experts,
     Latent,
     LayerShape,
     ModelShape,
+    State,
     check_kv_heads,
     kv_head_choices,
 )
+from gqa.config.values import MAX_TOKENS
 
 __all__ = [
     "MAX_TOKENS",
@@ -22,6 +24,7 @@ __all__ = [
     "Latent",
     "LayerShape",
     "ModelShape",
+    "State",
     "check_kv_heads",
     "child_config",
     "kv_head_choices",

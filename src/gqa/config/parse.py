@@ -12,15 +12,13 @@ import importlib.resources
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from gqa.config.layers import LISTS, plan_of_layers, shared_layers
 from gqa.config.shape import Details, Experts, Latent, LayerKind, LayerShape, ModelShape
+from gqa.config.state import state_of
+from gqa.config.values import MAX_HEADS, MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, Values, short
 from gqa.errors import GqaError
-
-MAX_LAYERS = 1 << 14
-MAX_HEADS = 1 << 20
-MAX_WIDTH = 1 << 24
-MAX_TOKENS = 1 << 40
 
 # One meaning, several spellings; the first is the usual one.
 HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -41,18 +39,21 @@ _PARTIAL = "partial_rotary_factor"
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
-# Keys of attention that keeps something else than K and V of every layer's own heads.
+# Keys of attention that keeps something else than K and V of every layer's own heads. A model type's row lists those
+# that it understands.
 _NOT_UNDERSTOOD = re.compile(
     r"""(attention_chunk_size | use_bidirectional_attention
-        | layers?_block_types? | block_types? | attention_types | attn_type_list
+        | layers?_block_types? | block_types? | block_configs? | attention_types | attn_type_list | per_layer_config
         | hybrid_\w+ | full_attention_interval | attn_layer_\w+ | full_attn_idxs
-        | num_kv_shared_layers | cross_attention_layers | cla_\w+ | index_topk
-        | (mamba|ssm|linear|conv|lru|rwkv|xlstm)_\w+ | state_size
-        | \w*(swa|global|local)_\w*head\w* | \w*heads?_per_layer
-        | \w*(key_value|kv)_(heads?|groups?)\w* | \w*multi_query_group\w* )""",
+        | num_kv_shared_layers | cross_attention_layers | use_cla | cla_\w+ | index_\w+ | indexer_\w+
+        | (mamba|ssm|linear|conv|lru|rwkv|xlstm)_\w+ | state_size | \w*attn_config
+        | \w*(swa|sliding|global|local)_\w*(head|size|dim)\w* | \w*heads?_per_layer
+        | \w*(key_value|kv|query)_(heads?|groups?)\w* | \w*multi_query_\w+ | kv_channels )""",
     re.VERBOSE,
 )
-_LAYER_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+# Keys of that kind that mean the same in every model.
+_UNDERSTOOD = {*KV_HEADS, *LISTS}
+_ALLOWED = "full, sliding-window, chunked, linear and latent attention, as model types of transformers spell them"
 
 
 def parse_config(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -79,18 +80,21 @@ def model_types() -> dict[str, dict[str, Any]]:
     return tomllib.loads(importlib.resources.files("gqa").joinpath("data", "model_types.toml").read_text("utf-8"))
 
 
-class _Parser:
+class _Parser(Values):
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         if not isinstance(config, Mapping):
             raise GqaError(f"the config of {name} is not a JSON object", got=type(config).__name__)
-        self.name = name
         part = text_part(config)
         outer = {} if part is config else {key: config[key] for key in SHARED_WITH_NESTED if key in config}
+        given = {**outer, **part}
+        super().__init__(given, name)
         self.model_type = part.get("model_type", config.get("model_type", ""))
         if not isinstance(self.model_type, str):
             raise self.error("model_type", self.model_type, "a text")
         self.facts: dict[str, Any] = model_types().get(self.model_type, {})
-        given = {**outer, **part}
+        for usual, own in self.facts.get("spelled", {}).items():
+            if own in given and usual not in given:
+                given = given | {usual: given[own]}
         # An explicit null is taken at its word, as transformers does: a class default fills absent keys only.
         self.config = given | {
             key: value
@@ -101,62 +105,153 @@ class _Parser:
     def shape(self) -> ModelShape:
         self.refuse_unknown()
         hidden = self.number(HIDDEN, MAX_WIDTH)
-        heads = self.number(HEADS, MAX_HEADS)
-        count = self.number(LAYERS, MAX_LAYERS)
+        count = self.layer_count()
+        heads = self.number_or_none(HEADS, MAX_HEADS)
+        plan = plan_of_layers(self, {"name": self.model_type, **self.facts}, count)
+        if heads is None and set(plan) - {"linear", "none"}:
+            self.number(HEADS, MAX_HEADS)  # says that it is missing
         latent = self.latent()
-        layers = self.latent_layers(latent, heads, count) if latent else self.layers(hidden, heads, count)
         quantised = self.quantised()
-        intermediate = self.number_or_none(INTERMEDIATE, MAX_WIDTH)
-        if intermediate is None and "widening" in self.facts:
-            intermediate = self.facts["widening"] * hidden
+        intermediate = self.intermediate(hidden)
         return ModelShape(
             name=self.name,
             model_type=self.model_type,
             hidden=hidden,
-            layers=layers,
+            layers=self.layers(plan, latent, hidden, heads or 0),
             vocab=self.number_or_none(("vocab_size",), MAX_WIDTH),
             intermediate=intermediate,
             context=self.number_or_none(CONTEXT, MAX_TOKENS),
             tied_embeddings=self.flag_or_none("tie_word_embeddings"),
             weight_dtype=None if quantised else self.dtype(),
             quantised=quantised,
-            experts=self.experts(count, intermediate),
+            experts=self.experts(count, intermediate) if "gated" in self.facts else None,
             latent=latent,
             details=self.details(),
         )
 
     def refuse_unknown(self) -> None:
+        own = re.compile(self.facts.get("understood", ""))
         for key, value in self.config.items():
-            known = key in KV_HEADS
+            known = key in _UNDERSTOOD or own.fullmatch(str(key))
             if not known and value and _NOT_UNDERSTOOD.fullmatch(str(key)):
                 raise GqaError(
                     f"the config of {self.name} has a kind of attention that is not understood",
-                    got=f"{key} = {_short(value)}",
-                    allowed="full and sliding-window attention, latent attention (kv_lora_rank)",
+                    got=f"{key} = {short(value)}, model_type {self.model_type!r}",
+                    allowed=_ALLOWED,
                 )
         if self.config.get("is_encoder_decoder"):
             raise GqaError(f"{self.name} is an encoder-decoder", got="is_encoder_decoder = true", allowed="decoders")
 
-    def layers(self, hidden: int, heads: int, count: int) -> tuple[LayerShape, ...]:
-        kv_heads = self.kv_heads(heads)
-        head_dim = self.number_or_none(HEAD_DIM, MAX_WIDTH)
+    def intermediate(self, hidden: int) -> int | None:
+        """Width of the MLP, None where layers differ."""
+        value = self.config.get(INTERMEDIATE[0])
+        if isinstance(value, list) and len(set(map(repr, value))) > 1:
+            return None
+        reader = Values({INTERMEDIATE[0]: value[0]}, self.name) if isinstance(value, list) and value else self
+        width = reader.number_or_none(INTERMEDIATE, MAX_WIDTH)
+        return self.facts["widening"] * hidden if width is None and "widening" in self.facts else width
+
+    def layer_count(self) -> int:
+        """How many layers there are; a list that names every layer counts them where no key does."""
+        letters = self.config.get("hybrid_override_pattern")
+        listed = next((value for key in LISTS if isinstance(value := self.config.get(key), list)), None)
+        count = self.number_or_none(LAYERS, MAX_LAYERS)
+        if count is None and (letters or listed):
+            count = len(letters if isinstance(letters, str) else listed or ())
+        return (count or self.number(LAYERS, MAX_LAYERS)) * self.facts.get("attentions_per_layer", 1)
+
+    def layers(self, plan: list[str], latent: Latent | None, hidden: int, heads: int) -> tuple[LayerShape, ...]:
+        kinds = {word: self.layer(word, latent, hidden, heads) for word in dict.fromkeys(plan)}
+        layers = [kinds[word] for word in plan]
+        shares = shared_layers(self, len(plan))
+        layers = [dataclasses.replace(a, shares_cache=True) if s else a for a, s in zip(layers, shares, strict=True)]
+        blocks = self.config.get("block_configs")
+        if blocks is not None:
+            layers = [self.of_block(index, layer, blocks) for index, layer in enumerate(layers)]
+        if own := self.part_or_none("per_layer_config"):
+            layers = [self.with_own_heads(layer, own.part_or_none(str(index))) for index, layer in enumerate(layers)]
+        return tuple(layers)
+
+    def layer(self, word: str, latent: Latent | None, hidden: int, heads: int) -> LayerShape:
+        """A layer of the kind that the word of a plan of layers stands for."""
+        if word == "none":
+            return _NO_ATTENTION
+        kind = cast(LayerKind, "full" if word == "hybrid" else word)
+        attention = _NO_ATTENTION
+        if word != "linear":
+            attention = self.latent_layer(latent, heads, kind) if latent else self.heads_layer(kind, hidden, heads)
+        if word not in ("linear", "hybrid"):
+            return attention
+        if "state" not in self.facts:
+            raise GqaError(
+                f"the config of {self.name} has layers with a constant state, but not of which form",
+                got=f"{short({key: self.config[key] for key in LISTS if key in self.config})}, model_type"
+                f" {self.model_type!r}",
+                allowed=", ".join(sorted(name for name, row in model_types().items() if "state" in row)),
+            )
+        head_dim = self.number_or_none(HEAD_DIM, MAX_WIDTH) or (hidden // heads if heads else 0)
+        state = state_of(self.facts["state"], self, hidden, heads, head_dim)
+        return dataclasses.replace(attention, kind="linear" if word == "linear" else attention.kind, state=state)
+
+    def heads_layer(self, kind: LayerKind, hidden: int, heads: int) -> LayerShape:
+        """A layer with heads of its own. Some model types give layers of one kind other heads: `of_full` and
+        `of_sliding` of data/model_types.toml say under which keys."""
+        own = self.facts.get(f"of_{kind}", {})
+        switch = own.get("kv_heads_if")
+        reads_kv = switch is None or bool(self.flag_or_none(switch))
+        heads = self.number_or_none((own.get("heads", ""),), MAX_HEADS) or heads
+        kv_heads = (self.number_or_none((own.get("kv_heads", ""),), MAX_HEADS) if reads_kv else None) or self.kv_heads(
+            heads
+        )
+        _check_divides(self.name, kv_heads, heads)
+        head_dim = self.number_or_none((own.get("head_dim", ""),), MAX_WIDTH) or self.number_or_none(
+            HEAD_DIM, MAX_WIDTH
+        )
         if head_dim is None:
             if hidden % heads:
                 raise GqaError(
                     f"the config of {self.name} gives no head_dim and {heads} heads do not divide hidden_size {hidden}",
                     hint="add head_dim to the config",
                 )
-            head_dim = hidden // heads
-        v_head_dim = self.number_or_none(("v_head_dim",), MAX_WIDTH) or head_dim
+            head_dim = hidden * self.facts.get("head_dim_widening", 1) // heads
+        v_head_dim = (
+            self.number_or_none((own.get("v_head_dim", ""),), MAX_WIDTH)
+            or self.number_or_none(("v_head_dim",), MAX_WIDTH)
+            or head_dim
+        )
         alibi = bool(self.flag_or_none("alibi"))
         rotary_dim = 0 if alibi or self.facts.get("positions") else self.rotary_dim(head_dim)
-        full = LayerShape("full", heads, kv_heads, head_dim, v_head_dim, None, rotary_dim, alibi)
-        slides = self.sliding_layers(count)
-        if not any(slides):
-            return (full,) * count
-        window = self.number(("sliding_window",), MAX_TOKENS)
-        sliding = dataclasses.replace(full, kind="sliding", window=window)
-        return tuple(sliding if slide else full for slide in slides)
+        return LayerShape(kind, heads, kv_heads, head_dim, v_head_dim, self.window(kind), rotary_dim, alibi)
+
+    def window(self, kind: LayerKind) -> int | None:
+        if kind == "sliding":
+            return self.number((self.facts.get("window", "sliding_window"),), MAX_TOKENS)
+        return self.number(("attention_chunk_size",), MAX_TOKENS) if kind == "chunked" else None
+
+    def with_own_heads(self, layer: LayerShape, own: Values | None) -> LayerShape:
+        """The layer with the keys that transformers 5 saves for it alone."""
+        if own is None or not layer.query_heads:
+            return layer
+        if strange := set(own.config) - {KV_HEADS[0], HEAD_DIM[0]}:
+            raise self.error("per_layer_config", dict(own.config), f"{KV_HEADS[0]}, {HEAD_DIM[0]}, not {min(strange)}")
+        kv_heads = own.number_or_none(KV_HEADS, MAX_HEADS) or layer.kv_heads
+        _check_divides(self.name, kv_heads, layer.query_heads)
+        dim = own.number_or_none(HEAD_DIM, MAX_WIDTH)
+        layer = dataclasses.replace(layer, kv_heads=kv_heads)
+        return layer if dim is None else dataclasses.replace(layer, head_dim=dim, v_head_dim=dim)
+
+    def of_block(self, index: int, layer: LayerShape, blocks: object) -> LayerShape:
+        """The layer as Nemotron-NAS (DeciLM) writes it: its own queries per KV head, or no attention."""
+        block = blocks[index] if isinstance(blocks, list) and index < len(blocks) else None
+        attention = block.get("attention") if isinstance(block, Mapping) else None
+        if not isinstance(attention, Mapping) or attention.get("replace_with_linear"):
+            raise self.error(f"block_configs[{index}]", block, "attention with n_heads_in_group or no_op")
+        if attention.get("no_op"):
+            return _NO_ATTENTION
+        group = Values(attention, f"{self.name}, block_configs[{index}]").number(("n_heads_in_group",), MAX_HEADS)
+        if layer.query_heads % group:
+            raise self.error(f"block_configs[{index}].n_heads_in_group", group, f"a divisor of {layer.query_heads}")
+        return dataclasses.replace(layer, kv_heads=layer.query_heads // group)
 
     def rotary_dim(self, head_dim: int) -> int | None:
         """How many of a head's dimensions the rotary embedding turns; None for all."""
@@ -170,43 +265,14 @@ class _Parser:
     def kv_heads(self, heads: int) -> int:
         multi_query = self.flag_or_none("multi_query") and not self.flag_or_none("new_decoder_architecture")
         given = self.number_or_none(KV_HEADS, MAX_HEADS)  # read even if unused, so that nonsense is refused
+        if "attn_config" in self.facts.get("understood", "") and (part := self.part_or_none("attn_config")):
+            given = part.number_or_none(("kv_n_heads",), MAX_HEADS) or given
+            multi_query = multi_query or part.config.get("attn_type") == "multiquery_attention"
         unless = self.facts.get("multi_query_unless")
         by_flag = unless is not None and not self.config.get(unless)  # whatever the config says beside it
         kv_heads = 1 if multi_query else heads if by_flag else given or heads
-        if heads % kv_heads:
-            raise GqaError(
-                f"the config of {self.name} has {kv_heads} KV heads, which do not divide {heads} query heads",
-                allowed="a divisor of the query heads",
-            )
+        _check_divides(self.name, kv_heads, heads)
         return kv_heads
-
-    def sliding_layers(self, count: int) -> list[bool]:
-        """For each layer, whether it slides."""
-        off = self.flag_or_none("use_sliding_window") is False
-        given = self.config.get("layer_types")
-        if given is not None:
-            if not isinstance(given, list) or len(given) != count:
-                raise self.error("layer_types", given, f"a list of {count} layer types")
-            for index, kind in enumerate(given):
-                if not isinstance(kind, str) or kind not in _LAYER_KINDS:
-                    raise self.error(f"layer_types[{index}]", kind, ", ".join(_LAYER_KINDS))
-            return [_LAYER_KINDS[kind] == "sliding" and not off for kind in given]
-        if off or self.config.get("sliding_window") is None:
-            return [False] * count
-        match self.facts.get("slides"):
-            case "all":
-                return [True] * count
-            case "pattern":  # each n-th layer is full
-                every = self.number(("sliding_window_pattern",), MAX_LAYERS)
-                return [(index + 1) % every != 0 for index in range(count)]
-            case "after":
-                first = self.number(("max_window_layers",), MAX_TOKENS, least=0)
-                return [index >= first for index in range(count)]
-        raise GqaError(
-            f"the config of {self.name} has a sliding window, but not which layers slide",
-            got=f"sliding_window = {_short(self.config['sliding_window'])}, model_type {self.model_type!r}",
-            hint="add layer_types, a list of full_attention and sliding_attention",
-        )
 
     def latent(self) -> Latent | None:
         if self.config.get("kv_lora_rank") is None:
@@ -219,12 +285,16 @@ class _Parser:
             v_dim=self.number(("v_head_dim",), MAX_WIDTH),
         )
 
-    def latent_layers(self, latent: Latent, heads: int, count: int) -> tuple[LayerShape, ...]:
-        for key in ("layer_types", "sliding_window"):
-            if self.config.get(key) is not None:
-                raise self.error(key, self.config[key], "null together with kv_lora_rank")
-        row = latent.kv_rank + latent.rope_dim
-        return (LayerShape("mla", heads, 1, row, latent.kv_rank),) * count
+    def latent_layer(self, latent: Latent, heads: int, kind: str) -> LayerShape:
+        if kind != "full":
+            raise self.error("layer_types", f"{kind} attention", "full attention together with kv_lora_rank")
+        if self.config.get("sliding_window") is not None:
+            raise self.error("sliding_window", self.config["sliding_window"], "null together with kv_lora_rank")
+        dim = self.number_or_none(("index_head_dim",), MAX_WIDTH) or 0
+        topk = self.number_or_none(("index_topk",), MAX_TOKENS) or 0
+        return LayerShape(
+            "mla", heads, 1, latent.kv_rank + latent.rope_dim, latent.kv_rank, index_dim=dim, index_topk=topk
+        )
 
     def experts(self, count: int, intermediate: int | None) -> Experts | None:
         total = self.number_or_none(EXPERTS, MAX_HEADS, least=0) or 0
@@ -279,43 +349,17 @@ class _Parser:
             return None
         return str(value.get("quant_method", "unknown")) if isinstance(value, Mapping) else "unknown"
 
-    def number(self, keys: tuple[str, ...], most: int, least: int = 1) -> int:
-        value = self.number_or_none(keys, most, least)
-        if value is None:
-            raise GqaError(
-                f"the config of {self.name} has no {keys[0]}",
-                got=f"keys {_short(sorted(map(str, self.config)))}",
-                hint="is this the config.json of a decoder model?",
-            )
-        return value
 
-    def number_or_none(self, keys: tuple[str, ...], most: int, least: int = 1) -> int | None:
-        found: dict[str, int] = {}
-        for key in keys:
-            value = self.config.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise self.error(key, value, f"a whole number from {least} to {most}")
-            found[key] = value
-        if len(set(found.values())) > 1:
-            raise GqaError(f"the config of {self.name} contradicts itself", got=found)
-        return next(iter(found.values()), None)
+_NO_ATTENTION = LayerShape("none", 0, 0, 0, 0)
 
-    def flag_or_none(self, key: str) -> bool | None:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(key, value, "true, false")
-        return value
 
-    def error(self, key: str, value: object, allowed: str) -> GqaError:
-        return GqaError(f"{key} in the config of {self.name} makes no sense", got=_short(value), allowed=allowed)
+def _check_divides(name: str, kv_heads: int, heads: int) -> None:
+    if heads % kv_heads:
+        raise GqaError(
+            f"the config of {name} has {kv_heads} KV heads, which do not divide {heads} query heads",
+            allowed="a divisor of the query heads",
+        )
 
 
 def _spellings(key: str) -> tuple[str, ...]:
     return next((keys for keys in (HEADS, KV_HEADS, CONTEXT, EXPERTS) if key in keys), (key,))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

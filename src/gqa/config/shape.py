@@ -6,23 +6,38 @@ Letters: H KV heads, G queries per KV head, H*G query heads, D head dim of q and
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from gqa.errors import GqaError
 
-LayerKind = Literal["full", "sliding", "mla"]
+LayerKind = Literal["full", "sliding", "chunked", "mla", "linear", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a layer keeps for a request however long its context: the last `taps` inputs of a convolution over
+    `channels` (in the dtype of the activations), and `recurrent` numbers (in fp32)."""
+
+    channels: int
+    taps: int
+    recurrent: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
     """The attention of one layer.
 
-    kind `full` keeps every token's K and V; `sliding` keeps the last `window` tokens, the newest included;
-    `mla` (multi-head latent attention) keeps one row of `head_dim` numbers per token, of which the first
-    `v_head_dim` serve as the value too, so that it counts as a single KV head.
+    kind `full` keeps every token's K and V; `sliding` keeps the last `window` tokens, the newest included; `chunked`
+    those of the current chunk of `window` tokens; `mla` (multi-head latent attention) keeps one row of `head_dim`
+    numbers per token, of which the first `v_head_dim` serve as the value too, so that it counts as a single KV head;
+    `linear` has no KV heads, only a `state`; `none` is a layer without any of it. A layer that runs attention and a
+    state-space model side by side is of its attention's kind and has a state.
 
     rotary_dim: the first dimensions of a head that the rotary embedding turns, None for all; alibi: scores fall off
-    with distance, at a slope that belongs to the query head's number.
+    with distance, at a slope that belongs to the query head's number. shares_cache: it reads the K and V of an
+    earlier layer and stores none. index_dim, index_topk: numbers per token of a lightning indexer's keys beside the
+    cache, and the tokens that it selects for the attention (DeepSeek-V3.2); 0 for none.
     """
 
     kind: LayerKind
@@ -33,6 +48,10 @@ class LayerShape:
     window: int | None = None
     rotary_dim: int | None = None
     alibi: bool = False
+    state: State | None = None
+    shares_cache: bool = False
+    index_dim: int = 0
+    index_topk: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,42 +126,63 @@ class ModelShape:
     details: Details | None = None
 
     @property
+    def attention(self) -> tuple[LayerShape, ...]:
+        """The layers that have attention heads."""
+        return tuple(layer for layer in self.layers if layer.query_heads)
+
+    @property
     def query_heads(self) -> int:
-        """H*G, equal in every layer."""
+        """H*G, equal in every layer with attention."""
         return self._of_every_layer("query_heads")
 
     @property
     def kv_heads(self) -> int:
-        """H, equal in every layer (1 under latent attention)."""
+        """H, equal in every layer with attention (1 under latent attention)."""
         return self._of_every_layer("kv_heads")
 
     @property
     def head_dim(self) -> int:
-        """D, equal in every layer."""
+        """D, equal in every layer with attention."""
         return self._of_every_layer("head_dim")
 
     @property
     def is_latent(self) -> bool:
         return self.latent is not None
 
+    @property
+    def dial(self) -> tuple[int, ...]:
+        """The numbers of KV heads that every layer can have; empty for latent attention and without attention."""
+        if self.is_latent or not self.attention:
+            return ()
+        return kv_head_choices(math.gcd(*(layer.query_heads for layer in self.attention)))
+
     def with_kv_heads(self, kv_heads: int) -> ModelShape:
-        """The same model at another setting of the dial. Raises GqaError if `kv_heads` does not divide H*G."""
+        """The same model with `kv_heads` in every layer with attention. Raises GqaError like check_kv_heads."""
         check_kv_heads(self, kv_heads)
-        layers = tuple(dataclasses.replace(layer, kv_heads=kv_heads) for layer in self.layers)
+        layers = tuple(
+            dataclasses.replace(layer, kv_heads=kv_heads) if layer.query_heads else layer for layer in self.layers
+        )
         return dataclasses.replace(self, layers=layers)
 
     def without_windows(self) -> ModelShape:
-        """The same model with every sliding layer keeping all tokens, as an engine without windows runs it."""
+        """The same model with every sliding or chunked layer keeping all tokens, as an engine that does not know
+        windows runs it."""
         layers = tuple(
-            dataclasses.replace(layer, kind="full", window=None) if layer.kind == "sliding" else layer
+            dataclasses.replace(layer, kind="full", window=None) if layer.window is not None else layer
             for layer in self.layers
         )
         return dataclasses.replace(self, layers=layers)
 
     def _of_every_layer(self, field: str) -> int:
-        values = {getattr(layer, field) for layer in self.layers}
-        assert len(values) == 1, f"{field} differs between layers"
-        return values.pop()
+        values = sorted({getattr(layer, field) for layer in self.attention})
+        if len(values) != 1:
+            raise GqaError(
+                f"{self.name} has no single {field} of its attention",
+                got=" and ".join(map(str, values)) or "no layer with attention heads",
+                allowed="a model whose layers have the same heads",
+                hint="gqa plan works on such a model",
+            )
+        return values[0]
 
 
 def kv_head_choices(query_heads: int) -> tuple[int, ...]:
@@ -158,8 +198,10 @@ def check_kv_heads(shape: ModelShape, kv_heads: int) -> None:
             f"{shape.name} uses latent attention, which has no KV heads to turn",
             hint="leave out --kv-heads",
         )
-    heads = shape.query_heads
-    choices = kv_head_choices(heads)
+    if not shape.attention:
+        raise GqaError(f"{shape.name} has no attention, and so no KV heads to turn", hint="leave out --kv-heads")
+    choices = shape.dial
+    heads = choices[-1]
     allowed = ", ".join(map(str, choices))
     if type(kv_heads) is not int or kv_heads < 1:
         raise GqaError("KV heads must be a positive whole number", got=repr(kv_heads), allowed=allowed)
