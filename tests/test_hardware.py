@@ -43,7 +43,7 @@ def test_names_forgive(text):
 def test_unknown_devices():
     with pytest.raises(GqaError) as caught:
         find_device("h100")
-    assert caught.value.hint == '--device "H100 PCIe" or --device "H100 SXM"'
+    assert caught.value.hint == '--device "H100 PCIe" or --device "H100 SXM" or --device "H100 NVL"'
     assert "MI300X" in str(caught.value.allowed)
     for text in ("", "abacus", "  "):
         with pytest.raises(GqaError) as caught:

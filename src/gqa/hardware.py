@@ -6,11 +6,13 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+import math
 import re
 import tomllib
+from typing import Any
 
 from gqa.errors import GqaError
-from gqa.units import MIB
+from gqa.units import MIB, format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,26 @@ class Device:
     flops_per_second: float
     flops_dtype: str
     sources: dict[str, str]
+
+    @staticmethod
+    def described(base: Device | None, memory: int | None, bandwidth: float | None, flops: float | None) -> Device:
+        """`base` with the figures that are given; without a base all three are needed, but for the rate of matrix
+        multiplication, without which nothing is held to be bound by compute."""
+        if base is None and (memory is None or bandwidth is None):
+            raise GqaError(
+                "a device that is not in the list needs its memory and its bandwidth",
+                hint="--memory 24GiB --bandwidth 936GB/s --flops 71TFLOP/s",
+            )
+        plain = base or Device("the device described", 0, "", 0.0, math.inf, "not told", {})
+        given: dict[str, Any] = {}
+        if memory is not None:
+            given |= {"memory_bytes": memory, "memory_basis": f"{format_bytes(memory)}, as given"}
+        if bandwidth is not None:
+            given |= {"bandwidth_bytes_per_second": bandwidth}
+        if flops is not None:
+            given |= {"flops_per_second": flops, "flops_dtype": "as given"}
+        own = [name for name in ("memory", "bandwidth", "flops") if any(key.startswith(name) for key in given)]
+        return dataclasses.replace(plain, **given, sources=plain.sources | dict.fromkeys(own, "as given"))
 
 
 def find_device(name: str) -> Device:

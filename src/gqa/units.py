@@ -42,6 +42,19 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * _BYTE_UNITS[unit])
 
 
+def parse_rate(text: str, unit: str) -> float:
+    """`936GB/s` (unit B/s) or `71 TFLOP/s` (unit FLOP/s) -> a number per second; powers of 1000."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kKMGTP]?)([A-Za-z]+)/s\s*", text)
+    if not match or match[3].upper() != unit.removesuffix("/s").upper() or float(match[1]) <= 0:
+        raise GqaError(
+            "a rate is not understood",
+            got=repr(text),
+            allowed=f"a number and {unit}, with K, M, G, T or P for powers of 1000",
+            hint="such as 936GB/s" if unit == "B/s" else f"such as 71T{unit}",
+        )
+    return float(match[1]) * 1000 ** " KMGTP".index(match[2].upper() or " ")
+
+
 def parse_tokens(text: str) -> int:
     """`131072`, `128k`, `1M` -> tokens. `k` is 1024 and `M` is 1024**2, as model cards count contexts."""
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kKmM]?)\s*", text.replace("_", ""))
@@ -71,6 +84,14 @@ def format_bytes(count: float) -> str:
             value = count / size
             return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_count(count: float) -> str:
+    """A count of parameters: `8.03 billion`, `40.4 million`, `912 thousand`."""
+    for word, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:.0f}"
 
 
 def format_seconds(seconds: float) -> str:

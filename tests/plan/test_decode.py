@@ -6,8 +6,10 @@ from gqa.config import parse_config
 from gqa.hardware import Device
 from gqa.plan.decode import decode_bound
 from gqa.plan.flops import attention_core_flops, decode_flops
+from gqa.plan.kv_dtype import kv_dtype
 from gqa.plan.parameters import active_parameters
 
+BF16 = kv_dtype("bf16")
 # hidden 64, 8 query heads of 8, 2 KV heads, 2 layers, MLP of 100, vocabulary of 50, untied.
 SHAPE = parse_config(
     {
@@ -41,7 +43,7 @@ def test_flops_by_hand():
 
 def test_bound_by_bandwidth():
     # KV: 2 layers * 2 KV heads * 16 * 2 bytes * 10 tokens * 3 requests = 3840 bytes; weights 124,800 bytes.
-    bound = decode_bound(SHAPE, 10, 3, 2, 2, device(bandwidth=1e6, flops=1e15))
+    bound = decode_bound(SHAPE, 10, 3, BF16, 2, device(bandwidth=1e6, flops=1e15))
     assert bound is not None
     assert bound.bytes_moved == 124_800 + 3840
     assert bound.seconds == pytest.approx(0.12864)
@@ -49,7 +51,7 @@ def test_bound_by_bandwidth():
 
 
 def test_bound_by_compute():
-    bound = decode_bound(SHAPE, 10, 3, 2, 2, device(bandwidth=1e15, flops=1e6))
+    bound = decode_bound(SHAPE, 10, 3, BF16, 2, device(bandwidth=1e15, flops=1e6))
     assert bound is not None
     assert bound.seconds == pytest.approx(0.38976)  # 6 * 62,400 + 15,360 FLOPs
     assert bound.limit == "compute"
@@ -74,4 +76,4 @@ def test_tied_output_matrix_is_read_all_the_same():
 
 def test_unknown_parameters_give_no_bound():
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
-    assert decode_bound(parse_config(config, "x"), 10, 1, 2, 2, device(1e9, 1e9)) is None
+    assert decode_bound(parse_config(config, "x"), 10, 1, BF16, 2, device(1e9, 1e9)) is None

@@ -4,6 +4,7 @@ import pytest
 
 from gqa.config import parse_config
 from gqa.plan.cache import kv_bytes, row_elements, state_bytes
+from gqa.plan.kv_dtype import kv_dtype
 
 TOKENS = 40
 BASE = {
@@ -122,11 +123,11 @@ def test_caches_are_those_that_transformers_fills(model_type):
                 assert row_elements(layer) == row, layer
             if layer.window and row:  # transformers drops the oldest token of a window before the next one comes
                 assert kept == layer.window - 1
-        assert state_bytes(shape, 2) == sum(states for _, _, states in found)
+        assert state_bytes(shape, kv_dtype("bf16")) == sum(states for _, _, states in found)
 
 
 def test_layers_that_share_a_cache_by_hand():
     # Gemma 3n E4B: 35 layers of 2 KV heads of 256, every fifth full, the last 15 share: 16 sliding and 4 full ones own
     # a cache. At 4096 tokens: (16 * 512 + 4 * 4096) * 2 * (256 + 256) * 2 bytes.
     shape = parse_config({"model_type": "gemma3n_text", "num_hidden_layers": 35, "hidden_size": 2048}, "E4B")
-    assert kv_bytes(shape, 4096, 1, 2) == (16 * 512 + 4 * 4096) * 2048
+    assert kv_bytes(shape, 4096, 1, kv_dtype("bf16")) == (16 * 512 + 4 * 4096) * 2048

@@ -8,6 +8,7 @@ from gqa.config import parse_config
 from gqa.errors import GqaError
 from gqa.hardware import find_device
 from gqa.plan import sweep
+from gqa.plan.engines import find_engine
 from gqa.source import open_source
 
 
@@ -72,7 +73,7 @@ def test_what_is_assumed_is_said():
     assert "in int8 (stored in fp16)" in said({"dtype": "float16"}, weight_dtype="int8")
     assert "up to 100 tokens; this one is longer" in said({}, context=101)
     assert "longer" not in said({}, context=100)
-    assert "scales of an int8 cache" in said({}, kv_dtype="int8")
+    assert "a scale of 4 bytes" in said({}, kv_dtype="int8")
 
 
 def test_nothing_fits():
@@ -155,3 +156,76 @@ def test_the_record_is_json():
     assert document["results"]["model"]["sliding_layers"] == 29
     assert document["results"]["device"]["sources"]["memory"]
     assert all(isinstance(sentence, str) for sentence in document["assumptions"])
+
+
+def test_the_largest_setting_that_holds_the_requests():
+    # L4: 23034 MiB * 0.9 less the weights of Llama 2 7B; 16 requests of 4096 tokens at 16,384 bytes per KV head.
+    record = sweep.plan(bundled("llama-2-7b"), context=4096, requests=16, device=find_device("L4"))
+    advice = record.results["recommendation"]
+    need = {n: 16 * 4096 * 16_384 * n for n in (1, 2, 4, 8, 16, 32)}
+    room = {row["kv_heads"]: row["cache_budget_bytes"] for row in record.results["settings"]}
+    assert advice["kv_heads"] == max(n for n in need if need[n] <= room[n]) == 8
+    assert advice["reason"].startswith("8 KV heads: 16 requests of 4,096 tokens take 8 GiB of the 9.19 GiB")
+    assert "16 KV heads would need 16 GiB" in advice["reason"]
+    assert record.inputs["batch"] == 16
+    assert sweep.fits(record)
+
+
+def test_nothing_to_recommend():
+    none = sweep.plan(bundled("llama-2-7b"), context=4096, requests=500, device=find_device("L4"))
+    assert none.results["recommendation"]["kv_heads"] is None
+    assert "even 1 KV head would need 31.25 GiB" in none.results["recommendation"]["reason"]
+    assert not sweep.fits(none)
+    heavy = sweep.plan(bundled("llama-3-70b"), requests=1, device=find_device("L4"))
+    assert "the weights alone leave nothing" in heavy.results["recommendation"]["reason"]
+    unknown = sweep.plan(bundled("llama-2-7b"), requests=1)
+    assert not unknown.results["recommendation"]["known"]
+    assert sweep.fits(unknown)
+    latent = sweep.plan(bundled("deepseek-v3"), requests=1, device=find_device("H200"))
+    assert "no KV heads to turn" in latent.results["recommendation"]["reason"]
+
+
+def test_layers_with_different_heads_are_one_row_more():
+    config = {"model_type": "gemma4_text", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 8}
+    config |= {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+    record = sweep.plan(parse_config(config, "unlike"))
+    labels = [setting["label"] for setting in record.results["settings"]]
+    assert labels == ["4 or 2", "8", "4", "2", "1"]
+    assert [setting["is_current"] for setting in record.results["settings"]] == [True, *[False] * 4]
+    assert record.results["settings"][0]["kv_heads"] is None
+
+
+def test_a_model_without_attention():
+    record = sweep.plan(parse_config({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 3}, "mamba"))
+    (setting,) = record.results["settings"]
+    assert (setting["label"], setting["kv_bytes_per_token"]) == ("none", 0)
+    assert setting["kv_bytes"] == 3 * (16 * 4 * 2 + 256 * 4)
+    assert any("constant state" in sentence for sentence in record.assumptions)
+
+
+def test_engines_say_their_rules():
+    def said(**question):
+        return " ".join(sweep.plan(bundled("gemma-2-2b"), **question).assumptions)
+
+    assert "blocks of 16 tokens" in said(engine=find_engine("vllm"))
+    assert "padded to 256 cells" in said(engine=find_engine("llama.cpp"))
+    assert "charged in full" in said(engine=find_engine("sglang"))
+    assert "no block rounding" in said()
+    assert "4 devices share" in said(ranks=4)
+    default = sweep.plan(bundled("gemma-2-2b"), engine=find_engine("vllm")).inputs["utilisation"]
+    assert default == 0.92
+
+
+def test_memory_of_one_of_several_devices():
+    device = find_device("H200")
+    one, four = (
+        sweep.plan(bundled("llama-3-70b"), kv_heads=[8], context=8192, device=device, ranks=n).results["settings"][0]
+        for n in (1, 4)
+    )
+    assert four["kv_bytes_per_token"] * 4 == one["kv_bytes_per_token"]
+    assert four["weight_bytes"] * 4 == one["weight_bytes"]
+    # floor(143771 MiB * 0.9 - a quarter of the weights), over two heads' bytes.
+    budget = 143771 * 2**20 * 9 // 10 - 2 * 70_553_706_496 // 4
+    assert four["max_concurrent_requests"] == budget // (81_920 * 8192)
+    told = sweep.plan(bundled("llama-3-70b"), kv_heads=[8], context=8192, cache_memory=10**10).results["settings"][0]
+    assert told["max_concurrent_requests"] == 10**10 // (327_680 * 8192)

@@ -17,11 +17,13 @@ LayerKind = Literal["full", "sliding", "chunked", "mla", "linear", "none"]
 @dataclasses.dataclass(frozen=True)
 class State:
     """What a layer keeps for a request however long its context: the last `taps` inputs of a convolution over
-    `channels` (in the dtype of the activations), and `recurrent` numbers (in fp32)."""
+    `channels` (in the dtype of the activations), and `recurrent` numbers (in fp32 in transformers and llama.cpp; in
+    other engines only where `fp32`)."""
 
     channels: int
     taps: int
     recurrent: int
+    fp32: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def state_of(kind: str, values: Values, hidden: int, heads: int, head_dim: int) 
 def _mamba(values: Values, hidden: int, *_: int) -> State:
     """Gu and Dao 2023, arXiv 2312.00752: a state per channel."""
     inner = values.number_or_none(("mamba_intermediate_size",), MAX_WIDTH) or values.number(_EXPAND, 1024) * hidden
-    return State(inner, values.number(_TAPS, MAX_HEADS), inner * values.number(_STATE, MAX_WIDTH))
+    return State(inner, values.number(_TAPS, MAX_HEADS), inner * values.number(_STATE, MAX_WIDTH), _told_fp32(values))
 
 
 def _mamba2(values: Values, hidden: int, *_: int) -> State:
@@ -38,7 +38,12 @@ def _mamba2(values: Values, hidden: int, *_: int) -> State:
         inner = heads * dim if heads and dim else values.number(_EXPAND, 1024) * hidden
     state = values.number(_STATE, MAX_WIDTH)
     channels = inner + 2 * values.number(_GROUPS, MAX_HEADS) * state
-    return State(channels, values.number(_TAPS, MAX_HEADS), inner * state)
+    return State(channels, values.number(_TAPS, MAX_HEADS), inner * state, _told_fp32(values))
+
+
+def _told_fp32(values: Values) -> bool:
+    """Whether the config asks for Mamba's states in fp32; vLLM and SGLang keep them in the model's dtype otherwise."""
+    return any(values.config.get(key) == "float32" for key in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"))
 
 
 def _gated_delta(values: Values, *_: int) -> State:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from gqa.config import LayerShape, ModelShape
+from gqa.plan.kv_dtype import KvDtype
 
-RECURRENT_BYTES = 4  # of a number of a recurrent state: transformers and vLLM keep them in fp32
+FP32_BYTES = 4
 
 
 def row_elements(layer: LayerShape) -> int:
@@ -25,29 +26,54 @@ def row_elements(layer: LayerShape) -> int:
     return layer.kv_heads * (layer.head_dim + layer.v_head_dim)
 
 
+def row_bytes(layer: LayerShape, dtype: KvDtype) -> int:
+    """The same in bytes, with the scales of a quantised cache."""
+    heads = layer.kv_heads
+    if not row_elements(layer):
+        return 0
+    if layer.kind == "mla":
+        index = dtype.bytes_of(layer.index_dim, 1) if layer.index_dim else 0
+        return dtype.bytes_of(layer.head_dim, 1) + index
+    return bytes_of_heads(heads, layer.head_dim, dtype) + bytes_of_heads(heads, layer.v_head_dim, dtype)
+
+
+def served_row_bytes(layer: LayerShape, dtype: KvDtype) -> int:
+    """The same in vLLM and SGLang, which keep an indexer's key in fp8 with a float32 scale, and, where there is one, an
+    fp8 latent with its rotary part in bf16 and scales: 656 bytes for 512 + 64 numbers (DeepSeek-V3.2)."""
+    if layer.kind != "mla" or not layer.index_dim or layer.shares_cache:
+        return row_bytes(layer, dtype)
+    rope = layer.head_dim - layer.v_head_dim
+    fp8 = layer.v_head_dim + layer.v_head_dim // 128 * FP32_BYTES + 2 * rope
+    return (fp8 if dtype.name == "fp8" else dtype.bytes_of(layer.head_dim, 1)) + layer.index_dim + FP32_BYTES
+
+
+def bytes_of_heads(heads: int, dim: int, dtype: KvDtype) -> int:
+    """One token's K, or V, of `heads` heads of `dim` numbers."""
+    return dtype.bytes_of(heads * dim, heads)
+
+
 def kept_tokens(layer: LayerShape, context: int) -> int:
     """Tokens of a context of S that one layer keeps: S, or at most the window or chunk."""
     return context if layer.window is None else min(context, layer.window)
 
 
-def state_bytes(shape: ModelShape, bytes_per_element: int) -> int:
+def state_bytes(shape: ModelShape, dtype: KvDtype) -> int:
     """Bytes that the layers with a constant state keep for one request: sum of channels * taps * bytes + recurrent * 4.
 
-    A quantised cache keeps the convolution's inputs in two bytes all the same."""
+    No cache's quantisation applies to them: a convolution's inputs take two bytes at least."""
     states = [layer.state for layer in shape.layers if layer.state is not None]
-    element = max(bytes_per_element, 2)
-    return sum(s.channels * s.taps * element + s.recurrent * RECURRENT_BYTES for s in states)
+    return sum(s.channels * s.taps * dtype.state_element_bytes + s.recurrent * FP32_BYTES for s in states)
 
 
-def kv_bytes_per_token(shape: ModelShape, bytes_per_element: int) -> int:
-    """Bytes that one token of one request writes, over all layers: sum of H * (D + Dv) * bytes."""
-    return bytes_per_element * sum(row_elements(layer) for layer in shape.layers)
+def kv_bytes_per_token(shape: ModelShape, dtype: KvDtype) -> int:
+    """Bytes that one token of one request writes, over all layers: sum of H * (D + Dv) * bytes, and scales."""
+    return sum(row_bytes(layer, dtype) for layer in shape.layers)
 
 
-def kv_bytes(shape: ModelShape, context: int, batch: int, bytes_per_element: int) -> int:
+def kv_bytes(shape: ModelShape, context: int, batch: int, dtype: KvDtype) -> int:
     """Bytes that B requests of S tokens keep: B * (sum of min(S, window) * H * (D + Dv) * bytes + constant states)."""
-    kept = sum(kept_tokens(layer, context) * row_elements(layer) for layer in shape.layers)
-    return batch * (kept * bytes_per_element + state_bytes(shape, bytes_per_element))
+    kept = sum(kept_tokens(layer, context) * row_bytes(layer, dtype) for layer in shape.layers)
+    return batch * (kept + state_bytes(shape, dtype))
 
 
 def as_multi_head(shape: ModelShape) -> ModelShape:

@@ -5,33 +5,33 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from gqa.config import ModelShape
-from gqa.hardware import Device
-from gqa.plan.cache import kv_bytes
+from gqa.config import MAX_TOKENS, ModelShape
+from gqa.plan.engines import Engine
+from gqa.plan.kv_dtype import KvDtype
 
 
-def cache_budget_bytes(device: Device, utilisation: float, weight_bytes: int) -> int:
-    """memory * utilisation - weights, rounded down; negative if the weights alone do not fit."""
+def cache_budget_bytes(memory_bytes: int, utilisation: float, taken_bytes: float) -> int:
+    """memory * utilisation - what weights and all else take, rounded down; negative if that alone does not fit."""
     # Through the decimal text, so that 0.9 means nine tenths and no rounding error costs a byte.
-    return math.floor(device.memory_bytes * Fraction(str(utilisation))) - weight_bytes
+    return math.floor(memory_bytes * Fraction(str(utilisation)) - Fraction(taken_bytes))
 
 
-def max_concurrent_requests(shape: ModelShape, context: int, kv_element_bytes: int, budget: int) -> int:
-    """Requests of `context` tokens whose caches fit into the budget together."""
-    return max(0, budget // kv_bytes(shape, context, 1, kv_element_bytes))
+def max_concurrent_requests(engine: Engine, shape: ModelShape, context: int, kv: KvDtype, budget: int) -> int:
+    """Requests of `context` tokens whose caches the engine holds at once."""
+    concurrency = engine.pool(shape, context, budget, kv).concurrency
+    return MAX_TOKENS if math.isinf(concurrency) else math.floor(concurrency)
 
 
-def max_context(shape: ModelShape, batch: int, kv_element_bytes: int, budget: int) -> int | None:
+def max_context(engine: Engine, shape: ModelShape, batch: int, kv: KvDtype, budget: int) -> int | None:
     """The longest context that `batch` requests can have at once; 0 if not even one token fits, and None if there
-    is no limit, because every layer slides and the full windows fit."""
+    is no limit, because nothing that the model keeps grows with the context and its windows fit when full."""
 
     def fits(context: int) -> bool:
-        return kv_bytes(shape, context, batch, kv_element_bytes) <= budget
+        return engine.bytes_for(shape, context, batch, kv) <= budget
 
     if not fits(1):
         return 0
-    windows = [layer.window for layer in shape.layers if layer.window is not None]
-    if len(windows) == len(shape.layers) and fits(max(windows)):
+    if fits(MAX_TOKENS):
         return None
     low, high = 1, 2  # low fits; the bytes grow with the context, so that the last one that fits can be searched
     while fits(high):

@@ -52,6 +52,11 @@ def active_parameters(shape: ModelShape) -> int | None:
     return None if read is None else round(read)
 
 
+def output_parameters(shape: ModelShape) -> int | None:
+    """The output matrix, whether or not it is the input embedding, too."""
+    return None if shape.vocab is None else shape.vocab * shape.hidden
+
+
 def read_parameters(shape: ModelShape, tokens: int | None) -> float | None:
     """Parameters that one step over `tokens` tokens reads from memory; of a mixture, the expected number.
 

@@ -6,44 +6,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gqa.config import MAX_TOKENS, ModelShape, check_kv_heads, kv_head_choices
+from gqa.config import MAX_TOKENS, ModelShape, check_kv_heads
 from gqa.errors import GqaError
 from gqa.hardware import Device
-from gqa.plan.cache import as_multi_head, kv_bytes, kv_bytes_per_token
-from gqa.plan.capacity import cache_budget_bytes, max_concurrent_requests, max_context
-from gqa.plan.decode import decode_bound
-from gqa.plan.parameters import attention_parameters, kv_projection_parameters, total_parameters
+from gqa.plan.crossover import MAX_BATCH
+from gqa.plan.engines import Contiguous, Engine
+from gqa.plan.kv_dtype import kv_dtype as find_kv_dtype
+from gqa.plan.parameters import kv_projection_parameters, total_parameters
+from gqa.plan.recommend import recommend
+from gqa.plan.setting import Job, Setting, label
+from gqa.plan.weights import Stored, Weights
+from gqa.plan.words import assumptions
 from gqa.record import Record
 from gqa.units import dtype_bytes
 
 DEFAULT_CONTEXT = 8192  # for a config that does not say how long its contexts may be
 DEFAULT_DTYPE = "bf16"
-MAX_BATCH = 1 << 32  # far beyond use, and small enough for every figure to be a float
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The figures of one stop of the dial; None where the shape does not tell, or where a device is needed.
-
-    Under latent attention, which has no dial, kv_heads and queries_per_kv_head are None.
-    max_context is also None where nothing limits it: `context_unlimited` says so.
-    """
-
-    kv_heads: int | None
-    queries_per_kv_head: int | None
-    is_current: bool
-    kv_bytes_per_token: int
-    kv_bytes: int
-    kv_bytes_as_mha: int
-    attention_parameters: int | None
-    kv_projection_parameters: int | None
-    parameters: int | None
-    weight_bytes: int | None
-    decode_seconds_bound: float | None
-    decode_limit: str | None
-    max_concurrent_requests: int | None
-    max_context: int | None
-    context_unlimited: bool | None
+MAX_RANKS = 1 << 16
 
 
 def plan(
@@ -52,178 +31,152 @@ def plan(
     kv_heads: Sequence[int] | None = None,
     context: int | None = None,
     batch: int = 1,
+    requests: int | None = None,
     kv_dtype: str | None = None,
     weight_dtype: str | None = None,
+    stored: Stored | None = None,
     device: Device | None = None,
-    utilisation: float = 0.9,
+    utilisation: float | None = None,
+    reserve: int = 0,
+    cache_memory: int | None = None,
+    engine: Engine | None = None,
+    ranks: int = 1,
     ignore_windows: bool = False,
 ) -> Record:
     """What each number of KV heads would take and give.
 
     kv_heads:       the stops to look at (default: every divisor of the query heads)
     context, batch: tokens per request and requests (default: the model's longest context, one request)
+    requests:       how many requests must fit: the record then recommends a setting, and batch is this number
     kv_dtype:       of the cache (default: the weights' own, else bf16)
     weight_dtype:   of the weights (default: the config's, else bf16; quantised weights stay unknown)
-    device:         for the decode bound and for what fits; without one these figures are None
-    utilisation:    the share of the device's memory that weights and cache may fill
-    ignore_windows: count sliding layers as if they kept all tokens
+    stored:         the size of the weights where a checkpoint tells it; weight_dtype then counts nothing
+    device:         for the bounds and for what fits; without one these figures are None
+    utilisation:    the share of the device's memory for weights and cache (default: the engine's)
+    reserve:        bytes of it that neither gets: activations, the engine's own
+    cache_memory:   bytes for the cache on each device, where they are known; no device's memory is then divided
+    engine:         how the cache is laid out (default: contiguous)
+    ranks:          devices that share the model by tensor parallelism; memory figures are those of one of them
+    ignore_windows: count sliding and chunked layers as if they kept all tokens
     Raises GqaError for settings that are not on the dial and for values out of range.
     """
+    engine = engine or Contiguous()
+    utilisation = engine.utilisation if utilisation is None else utilisation
     if not 0 < utilisation <= 1:
         raise GqaError("utilisation is a share of the memory", got=utilisation, allowed="above 0, at most 1")
-    for name, value, most in (("batch", batch, MAX_BATCH), ("context", context, MAX_TOKENS)):
+    for name, value, most in (
+        ("batch", batch, MAX_BATCH),
+        ("requests", requests, MAX_BATCH),
+        ("context", context, MAX_TOKENS),
+        ("the number of devices", ranks, MAX_RANKS),
+    ):
         if value is not None and not 1 <= value <= most:
             raise GqaError(f"{name} is out of range", got=value, allowed=f"1 to {most}")
-    if shape.is_latent and kv_heads:
+    if kv_heads and not shape.dial:
         check_kv_heads(shape, kv_heads[0])
     shape = shape.without_windows() if ignore_windows else shape
-    job = _Job(
+    name = weight_dtype or shape.weight_dtype or (None if shape.quantised else DEFAULT_DTYPE)
+    job = Job(
         context=context or shape.context or DEFAULT_CONTEXT,
-        batch=batch,
-        kv_dtype=kv_dtype or (shape.weight_dtype if shape.weight_dtype in ("fp16", "fp32") else DEFAULT_DTYPE),
-        weight_dtype=weight_dtype or shape.weight_dtype or (None if shape.quantised else DEFAULT_DTYPE),
+        batch=requests or batch,
+        kv=find_kv_dtype(kv_dtype or (shape.weight_dtype if shape.weight_dtype in ("fp16", "fp32") else DEFAULT_DTYPE)),
+        weights=Weights(shape, None if name is None else dtype_bytes(name), stored),
         device=device,
+        engine=engine,
         utilisation=utilisation,
+        reserve_bytes=reserve,
+        cache_bytes=cache_memory,
+        ranks=ranks,
     )
-    variants = _variants(shape, kv_heads)
-    settings = [job.setting(variant, variant.layers == shape.layers) for variant in variants]
-    inputs = dataclasses.asdict(job) | {
+    settings = [job.setting(variant, variant.layers == shape.layers) for variant in _variants(shape, kv_heads)]
+    inputs = {
         "model": shape.name,
-        "kv_heads": [setting.kv_heads for setting in settings],
+        "context": job.context,
+        "batch": job.batch,
+        "requests": requests,
+        "kv_dtype": job.kv.name,
+        "weight_dtype": name,
+        "stored_weight_bytes": stored.total_bytes if stored else None,
         "device": device.name if device else None,
+        "utilisation": utilisation,
+        "reserve_bytes": reserve,
+        "cache_memory_bytes": cache_memory,
+        "engine": engine.name,
+        "tensor_parallel": ranks,
+        "kv_heads": [setting.kv_heads for setting in settings],
         "ignore_windows": ignore_windows,
     }
-    results = {
+    results: dict[str, Any] = {
         "model": _facts(shape),
         "device": dataclasses.asdict(device) if device else None,
         "settings": [dataclasses.asdict(setting) for setting in settings],
+        "recommendation": recommend(settings, job, requests) if requests else None,
     }
     basis = {
-        field.name: "predicted" for field in dataclasses.fields(Setting) if field.name not in ("kv_heads", "is_current")
+        field.name: "predicted"
+        for field in dataclasses.fields(Setting)
+        if field.name not in ("label", "kv_heads", "is_current")
     }
-    assumptions = _assumptions(shape, job, ignore_windows, settings)
-    return Record("plan", inputs=inputs, results=results, basis=basis, assumptions=assumptions)
+    said = assumptions(shape, job, settings, weight_dtype=name, ignore_windows=ignore_windows)
+    return Record("plan", inputs=inputs, results=results, basis=basis, assumptions=said)
 
 
 def fits(record: Record) -> bool:
-    """Whether at least one setting of a plan fits on its device: the weights and one request of the context.
-    True where no device was given or the size of the weights is unknown."""
+    """Whether at least one setting of a plan fits on its device: the weights and one request of the context, or the
+    requests asked for. True where no device was given or the size of the weights is unknown."""
+    advice = record.results["recommendation"]
+    if advice is not None and advice["known"]:
+        return advice["kv_heads"] is not None
     requests = [setting["max_concurrent_requests"] for setting in record.results["settings"]]
     return any(count is None or count > 0 for count in requests)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    context: int
-    batch: int
-    kv_dtype: str
-    weight_dtype: str | None
-    device: Device | None
-    utilisation: float
-
-    def setting(self, shape: ModelShape, is_current: bool) -> Setting:
-        element = dtype_bytes(self.kv_dtype)
-        parameters = total_parameters(shape)
-        weight_element = None if self.weight_dtype is None else dtype_bytes(self.weight_dtype)
-        weights = None if parameters is None or weight_element is None else parameters * weight_element
-        bound = requests = longest = None
-        if self.device and weights is not None and weight_element is not None:
-            bound = decode_bound(shape, self.context, self.batch, element, weight_element, self.device)
-            budget = cache_budget_bytes(self.device, self.utilisation, weights)
-            requests = max_concurrent_requests(shape, self.context, element, budget)
-            longest = max_context(shape, self.batch, element, budget)
-        return Setting(
-            kv_heads=None if shape.is_latent else shape.kv_heads,
-            queries_per_kv_head=None if shape.is_latent else shape.query_heads // shape.kv_heads,
-            is_current=is_current,
-            kv_bytes_per_token=kv_bytes_per_token(shape, element),
-            kv_bytes=kv_bytes(shape, self.context, self.batch, element),
-            kv_bytes_as_mha=kv_bytes(as_multi_head(shape), self.context, self.batch, element),
-            attention_parameters=attention_parameters(shape),
-            kv_projection_parameters=kv_projection_parameters(shape),
-            parameters=parameters,
-            weight_bytes=weights,
-            decode_seconds_bound=bound.seconds if bound else None,
-            decode_limit=bound.limit if bound else None,
-            max_concurrent_requests=requests,
-            max_context=longest,
-            context_unlimited=None if requests is None else longest is None,
-        )
+def kv_projection_share(shape: ModelShape) -> float:
+    """The part of all parameters that are K and V projections; 0 where parameters are unknown."""
+    kv, total = kv_projection_parameters(shape), total_parameters(shape)
+    return kv / total if kv is not None and total else 0.0
 
 
 def _variants(shape: ModelShape, kv_heads: Sequence[int] | None) -> list[ModelShape]:
-    if shape.is_latent:
+    """The model at every stop asked for; as it is where there is no dial, or where its layers differ."""
+    if not shape.dial:
         return [shape]
-    wanted = kv_heads or sorted(kv_head_choices(shape.query_heads), reverse=True)
-    for number in wanted:
+    for number in kv_heads or ():
         check_kv_heads(shape, number)
-    return [shape.with_kv_heads(number) for number in dict.fromkeys(wanted)]
+    stops = [shape.with_kv_heads(n) for n in dict.fromkeys(kv_heads or sorted(shape.dial, reverse=True))]
+    unlike = len({layer.kv_heads for layer in shape.attention}) > 1
+    return [shape, *stops] if unlike and not kv_heads else stops
 
 
 def _facts(shape: ModelShape) -> dict[str, Any]:
-    first = shape.layers[0]
-    windows = [layer.window for layer in shape.layers if layer.window is not None]
+    attention = shape.attention
+    windows = sorted({layer.window for layer in shape.layers if layer.window is not None})
+    kinds = {kind: sum(layer.kind == kind for layer in shape.layers) for kind in _KINDS}
     return {
         "name": shape.name,
         "model_type": shape.model_type,
-        "attention": "mla" if shape.is_latent else "sliding" if windows else "full",
+        "attention": " and ".join(kind for kind, count in kinds.items() if count),
         "layers": len(shape.layers),
-        "sliding_layers": len(windows),
-        "window_tokens": windows[0] if windows else None,
+        "layer_kinds": {kind: count for kind, count in kinds.items() if count},
+        "layers_sharing_a_cache": sum(layer.shares_cache for layer in shape.layers),
+        "layers_with_a_constant_state": sum(layer.state is not None for layer in shape.layers),
+        "sliding_layers": sum(layer.window is not None for layer in shape.layers),
+        "window_tokens": windows[0] if len(windows) == 1 else windows or None,
         "hidden": shape.hidden,
-        "query_heads": first.query_heads,
-        "kv_heads": None if shape.is_latent else first.kv_heads,
-        "head_dim": first.head_dim,
-        "v_head_dim": first.v_head_dim,
+        "query_heads": _one(layer.query_heads for layer in attention),
+        "kv_heads": None if shape.is_latent else _one(layer.kv_heads for layer in attention),
+        "kv_heads_label": label(shape),
+        "head_dim": _one(layer.head_dim for layer in attention),
+        "v_head_dim": _one(layer.v_head_dim for layer in attention),
         "context_tokens": shape.context,
         "quantised": shape.quantised,
     }
 
 
-def _assumptions(shape: ModelShape, job: _Job, ignore_windows: bool, settings: list[Setting]) -> tuple[str, ...]:
-    said = [f"The cache is {job.kv_dtype} and holds exactly the tokens asked for: no block rounding, no padding."]
-    if job.kv_dtype == "int8":
-        said.append("The scales of an int8 cache are not counted.")
-    if job.weight_dtype is None:
-        said.append(
-            f"The stored weights are quantised ({shape.quantised}), so their size is unknown: give --weight-dtype."
-        )
-    elif settings[0].parameters is None:
-        said.append(
-            f"Model type {shape.model_type!r} or its config does not tell all parameters; what needs them is unknown."
-        )
-    else:
-        stored = shape.weight_dtype or shape.quantised
-        note = "" if stored == job.weight_dtype else f" (stored in {stored})" if stored else " (no dtype is told)"
-        said.append(f"Weights are counted from the shape in {job.weight_dtype}{note}.")
-    if shape.context and job.context > shape.context:
-        said.append(f"The model was made for contexts of up to {shape.context:,} tokens; this one is longer.")
-    if shape.is_latent:
-        said.append(
-            "Latent attention has no KV-head dial; as MHA is what its heads would take without the shared latent."
-        )
-    if ignore_windows:
-        said.append("Sliding windows are ignored: every layer keeps every token.")
-    elif windows := sorted({layer.window for layer in shape.layers if layer.window is not None}):
-        count = sum(layer.window is not None for layer in shape.layers)
-        said.append(
-            f"{count} of {len(shape.layers)} layers keep at most {', '.join(map(str, windows))} tokens;"
-            " the bytes per token are those of a token inside the window."
-        )
-    if device := job.device:
-        said.append(
-            f"{device.name}: {device.memory_basis}; {job.utilisation:g} of it for weights and cache. Activations,"
-            " the engine's own memory and more than one device are not counted."
-        )
-        said.append(
-            f"The decode bound reads weights and cache once at {device.bandwidth_bytes_per_second / 1e9:g} GB/s and"
-            f" computes at {device.flops_per_second / 1e12:g} TFLOP/s ({device.flops_dtype}); no real step is faster."
-        )
-        room = cache_budget_bytes(device, job.utilisation, 0)
-        if any(setting.weight_bytes is not None and setting.weight_bytes > room for setting in settings):
-            said.append(f"Where the weights alone do not fit on one {device.name}, its bound is hypothetical.")
-        if any(setting.context_unlimited for setting in settings):
-            said.append("All layers slide, so that beyond their windows a longer context takes no more memory.")
-    if shape.experts:
-        said.append("Of the experts, a step reads the number expected if tokens choose evenly.")
-    return tuple(said)
+_KINDS = ("full", "sliding", "chunked", "mla", "linear", "none")
+
+
+def _one(values: Any) -> int | None:
+    """The value that all have, None where they differ or there is none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None

@@ -18,13 +18,13 @@ import numpy as np
 from gqa.config import ModelShape, check_kv_heads, kv_head_choices, parse_config
 from gqa.errors import GqaError
 from gqa.plan.cache import kv_bytes
+from gqa.plan.kv_dtype import kv_dtype
 from gqa.progress import Progress, silent
 from gqa.record import Record
 from gqa.source import Source
 from gqa.study import rows
 from gqa.study.corpus import StudyText
 from gqa.study.steps import Steps
-from gqa.units import dtype_bytes
 
 # What is compared at every setting: the published baseline, the closed form, and that refined.
 METHODS = ("mean", "svd", "svd+refine")
@@ -233,7 +233,7 @@ class _Study:
         for context in self.settings.contexts:
             for kv_heads, model in models.items():
                 measured = measure_decode(model, context, repeats=self.settings.decode_repeats)
-                predicted = kv_bytes(self.shape.with_kv_heads(kv_heads), context, 1, dtype_bytes(self._kv_dtype))
+                predicted = kv_bytes(self.shape.with_kv_heads(kv_heads), context, 1, kv_dtype(self._kv_dtype))
                 row = {"kv_heads": kv_heads, "context_tokens": context, "cache_bytes_predicted": predicted}
                 timed.append(row | measured)
         return {"rows": timed}

@@ -8,6 +8,7 @@ from typing import Any
 from gqa.config import ModelShape
 from gqa.hardware import find_device
 from gqa.plan.cache import kv_bytes_per_token
+from gqa.plan.kv_dtype import kv_dtype as find_kv_dtype
 from gqa.plan.sweep import plan
 
 # Devices whose memory the report draws as limits: a small, a consumer's and a large one.
@@ -90,7 +91,7 @@ def layers(kv_heads: int, method: str, report: Mapping[str, Any]) -> list[dict[s
 
 def setting(shape: ModelShape, kv_heads: int, kv_dtype: str, decode: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a stop of the dial takes, predicted, and the cache as it was measured."""
-    child = shape.with_kv_heads(kv_heads)
+    child, dtype = shape.with_kv_heads(kv_heads), find_kv_dtype(kv_dtype)
     row = plan(child, kv_heads=[kv_heads], kv_dtype=kv_dtype).results["settings"][0]
     measured = [d["cache_bytes_measured"] / d["context_tokens"] for d in decode if d["kv_heads"] == kv_heads]
     return {
@@ -98,7 +99,7 @@ def setting(shape: ModelShape, kv_heads: int, kv_dtype: str, decode: Sequence[Ma
         "queries_per_kv_head": row["queries_per_kv_head"],
         "kv_bytes_per_token": row["kv_bytes_per_token"],
         "kv_bytes_per_token_measured": measured[0] if measured else None,
-        "kv_cache_saving_ratio": kv_bytes_per_token(shape, 1) / kv_bytes_per_token(child, 1),
+        "kv_cache_saving_ratio": kv_bytes_per_token(shape, dtype) / kv_bytes_per_token(child, dtype),
         "attention_parameters": row["attention_parameters"],
         "parameters": row["parameters"],
     }

@@ -15,9 +15,7 @@ from gqa.errors import GqaError
 from gqa.source import MAX_JSON_BYTES, check_file, read_json
 from gqa.weights.finite import all_finite
 from gqa.weights.header import Shard, TensorEntry, file_state, is_name, parse_unique, read_header
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from gqa.weights.sizes import INDEX, SINGLE
 
 TORCH_DTYPES = {
     "F64": torch.float64,
