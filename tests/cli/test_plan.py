@@ -182,7 +182,7 @@ def test_a_folder_tells_what_its_weights_take(plan, tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     stored = sum(tensor.nbytes for tensor in model.state_dict().values())
-    code, out, _ = plan(str(tmp_path), "--json")
+    _, out, _ = plan(str(tmp_path), "--json")
     rows = {row["kv_heads"]: row for row in json.loads(out)["results"]["settings"]}
     assert rows[8]["weight_bytes"] == stored
     # Two heads instead of eight leave a quarter of k and v: 2 layers * 2 matrices of 32 * 32 in 2 bytes.

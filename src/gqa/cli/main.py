@@ -16,6 +16,7 @@ from gqa.errors import GqaError
 COMMANDS = {
     "study": "the whole path in one run: convert, evaluate, uptrain, measure, report",
     "plan": "what fewer KV heads would save",
+    "claims": "do the published figures add up?",
     "convert": "turn a multi-head checkpoint into a grouped-query one",
     "uptrain": "win back the quality with a little training",
     "eval": "measure what a conversion cost in quality",
