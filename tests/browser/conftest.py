@@ -9,7 +9,31 @@ from pathlib import Path
 import pytest
 from helpers.study_record import study_record, study_results
 
+from gqa.config import parse_config
+from gqa.hardware import find_device
+from gqa.plan import sweep
+from gqa.record import Record
+from gqa.report import plan_page
 from gqa.report.page import render
+from gqa.source import open_source
+
+
+def planned(model: str, **question) -> Record:
+    source = open_source(model)
+    return sweep.plan(parse_config(source.config, source.name), alternatives=True, **question)
+
+
+# A plan with everything; one with sliding layers, many stops and no device; one of a model type without parameters.
+PLANS = {
+    "plan": planned("llama-3.1-8b", context=32768, batch=8, device=find_device("H100 SXM")),
+    "plan-long": planned("gpt-oss-20b"),
+    "plan-unknown": sweep.plan(
+        parse_config(
+            {"model_type": "new", "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 96}, "unknown"
+        ),
+        alternatives=True,
+    ),
+}
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -45,6 +69,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, record in (("small", study_record()), ("large", study_record(large))):
         found[name] = folder / f"{name}.html"
         found[name].write_text(render(record), encoding="utf-8")
+    for name, record in PLANS.items():
+        found[name] = folder / f"{name}.html"
+        found[name].write_text(plan_page.render(record), encoding="utf-8")
     return found
 
 

@@ -76,7 +76,7 @@ def test_every_text_of_the_dial_comes_from_what_python_made(open_page) -> None:
     for stop in dial.data(Study.from_record(study_record()))["stops"]:
         fields = page.evaluate("""() => Object.fromEntries(
             [...document.querySelectorAll("[data-field]")].map((e) => [e.dataset.field, e.textContent]))""")
-        values = {**stop, **stop["fits"]["L4"]}
+        values = {**stop, **stop["by"]["L4"]}
         assert fields == {field: str("not measured" if values[field] is None else values[field]) for field in fields}
         page.locator("#kv-heads").press("ArrowRight")
 

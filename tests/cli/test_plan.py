@@ -175,11 +175,12 @@ def test_this_machine(plan):
 
 
 def test_a_folder_tells_what_its_weights_take(plan, tmp_path):
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).to(torch.bfloat16)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=8, num_hidden_layers=2
+    )
+    model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(tmp_path)
     stored = sum(tensor.nbytes for tensor in model.state_dict().values())
     _, out, _ = plan(str(tmp_path), "--json")

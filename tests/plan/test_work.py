@@ -78,7 +78,8 @@ def test_a_prompt_is_the_sum_of_its_tokens(tokens, config):
     expected = 0
     for t in range(1, tokens + 1):
         for layer in shape.layers:
-            seen = (t - 1) % layer.window + 1 if layer.kind == "chunked" else min(t, layer.window or t)
+            window = layer.window or t
+            seen = (t - 1) % window + 1 if layer.kind == "chunked" else min(t, window)
             expected += 2 * layer.query_heads * (layer.head_dim + layer.v_head_dim) * seen
             expected += 4 * layer.state.recurrent if layer.state else 0
     assert prefill_core_flops(shape, tokens) == expected

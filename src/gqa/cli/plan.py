@@ -17,6 +17,7 @@ from gqa.plan.check import check
 from gqa.plan.engines import ENGINES, find_engine
 from gqa.plan.kv_dtype import KV_DTYPES, kv_dtype
 from gqa.plan.weights import Stored
+from gqa.record import Record, write_text_atomic
 from gqa.source import Source, bundled_names, open_source
 from gqa.units import DTYPE_BYTES, dtype_bytes, parse_bytes, parse_rate, parse_tokens
 from gqa.weights.sizes import stored_bytes
@@ -84,9 +85,9 @@ def command(ctx: click.Context, model: str | None, *, checks: bool, as_json: boo
         raise GqaError("which model?", allowed="a bundled shape, a model folder, a config.json or a hub id")
     record = _plan(open_source(model), options)
     if options["html"] is not None:
-        from gqa.report.plan_page import write_plan_page
+        from gqa.report.plan_page import render
 
-        write_plan_page(record, options["html"])
+        write_text_atomic(options["html"], render(record))
         output.note(f"wrote {options['html']}")
     if as_json:
         output.record(record)
@@ -99,7 +100,7 @@ def command(ctx: click.Context, model: str | None, *, checks: bool, as_json: boo
         ctx.exit(1)
 
 
-def _plan(source: Source, options: dict[str, Any]) -> Any:
+def _plan(source: Source, options: dict[str, Any]) -> Record:
     if options["weight_dtype"] is not None:
         dtype_bytes(options["weight_dtype"])
     if options["kv_dtype"] is not None:
@@ -121,6 +122,7 @@ def _plan(source: Source, options: dict[str, Any]) -> Any:
         engine=find_engine(options["engine"], block=options["block"], batched_tokens=options["batched_tokens"]),
         ranks=options["ranks"],
         ignore_windows=options["ignore_windows"],
+        alternatives=options["html"] is not None,
     )
 
 

@@ -1,4 +1,4 @@
-"""`gqa report`: a study's record as one offline HTML page."""
+"""`gqa report`: a study's or a plan's record as one offline HTML page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from gqa.record import read_record, write_text_atomic
 @click.argument("record", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: report.html beside RECORD]")
 def command(record: Path, out: Path | None) -> None:
-    """Make the report page from the RECORD that `gqa study` wrote."""
-    from gqa.report.page import render
+    """Make the page from the RECORD of `gqa study`, or of `gqa plan --html FILE --json`."""
+    from gqa.report import page as study_page
+    from gqa.report import plan_page
 
     out = out or record.with_name("report.html")
-    page = render(read_record(record, "study"))
+    read = read_record(record)
+    page = (plan_page if read.command == "plan" else study_page).render(read)
     try:
         write_text_atomic(out, page)
     except OSError as error:

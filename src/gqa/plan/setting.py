@@ -10,7 +10,7 @@ from gqa.hardware import Device
 from gqa.plan.cache import as_multi_head, kv_bytes_per_token
 from gqa.plan.capacity import cache_budget_bytes, max_concurrent_requests, max_context
 from gqa.plan.crossover import overtaking_batch, overtaking_context
-from gqa.plan.decode import decode_bound, decode_kv_traffic, prefill_bound
+from gqa.plan.decode import Bound, decode_bound, decode_kv_traffic, prefill_bound
 from gqa.plan.engines import Engine
 from gqa.plan.flops import decode_work, prefill_work
 from gqa.plan.kv_dtype import KvDtype
@@ -87,13 +87,8 @@ class Job:
         weights = self.weights.of_rank(shape, self.ranks)
         element = self.weights.bytes_per_parameter
         read = read_parameters(shape, self.batch)
-        decode, prefill = decode_work(shape, self.context, self.batch), prefill_work(shape, self.context, self.batch)
-        bounds = [
-            bound(shape, self.context, self.batch, self.kv, element, self.device, self.ranks)
-            if self.device and element is not None
-            else None
-            for bound in (decode_bound, prefill_bound)
-        ]
+        decode, prefill = self._bounds(shape)
+        work = self.work(shape) or dict.fromkeys(_WORK)
         heads = {(layer.kv_heads, layer.query_heads) for layer in shape.attention}
         one = next(iter(heads)) if len(heads) == 1 and not shape.is_latent else (None, 0)
         return Setting(
@@ -102,26 +97,19 @@ class Job:
             queries_per_kv_head=one[1] // one[0] if one[0] else None,
             is_current=is_current,
             kv_bytes_per_token=kv_bytes_per_token(rank, self.kv),
-            kv_bytes=self.engine.bytes_for(rank, self.context, self.batch, self.kv),
-            kv_bytes_as_mha=self.engine.bytes_for(
-                shard(as_multi_head(shape), self.ranks), self.context, self.batch, self.kv
-            ),
+            kv_bytes=self.cache_bytes_of(shape),
+            kv_bytes_as_mha=self.cache_bytes_of(as_multi_head(shape)),
             attention_parameters=attention_parameters(shape),
             kv_projection_parameters=kv_projection_parameters(shape),
             parameters=total_parameters(shape),
             weight_bytes=None if weights is None else round(weights),
-            decode_projection_flops=decode and decode.projections,
-            decode_core_flops=decode and decode.core,
-            decode_rest_flops=decode and decode.rest,
-            prefill_projection_flops=prefill and prefill.projections,
-            prefill_core_flops=prefill and prefill.core,
-            prefill_rest_flops=prefill and prefill.rest,
+            **work,
             decode_weight_bytes_moved=None if read is None or element is None else read * element / self.ranks,
             decode_kv_bytes_moved=decode_kv_traffic(rank, self.context, self.batch, self.kv),
-            decode_seconds_bound=bounds[0] and bounds[0].seconds,
-            decode_limit=bounds[0] and bounds[0].limit,
-            prefill_seconds_bound=bounds[1] and bounds[1].seconds,
-            prefill_limit=bounds[1] and bounds[1].limit,
+            decode_seconds_bound=decode and decode.seconds,
+            decode_limit=decode and decode.limit,
+            prefill_seconds_bound=prefill and prefill.seconds,
+            prefill_limit=prefill and prefill.limit,
             overtaking_context=None
             if element is None
             else overtaking_context(shape, self.batch, self.kv, element, self.ranks),
@@ -133,11 +121,60 @@ class Job:
             training_flops_per_token=training_flops_per_token(shape, self.context),
         )
 
+    def cache_bytes_of(self, shape: ModelShape) -> int:
+        """Of all requests, on one device."""
+        return self.engine.bytes_for(shard(shape, self.ranks), self.context, self.batch, self.kv)
+
+    def cache(self, shape: ModelShape) -> dict[str, int]:
+        """The same, and what each token adds to it."""
+        per_token = kv_bytes_per_token(shard(shape, self.ranks), self.kv)
+        return {"kv_bytes_per_token": per_token, "kv_bytes": self.cache_bytes_of(shape)}
+
+    def work(self, shape: ModelShape) -> dict[str, int] | None:
+        """FLOPs of a decode step and of the prompts, by what does them; None where parameters are unknown."""
+        decode, prefill = decode_work(shape, self.context, self.batch), prefill_work(shape, self.context, self.batch)
+        if decode is None or prefill is None:
+            return None
+        return {
+            "decode_projection_flops": decode.projections,
+            "decode_core_flops": decode.core,
+            "decode_rest_flops": decode.rest,
+            "prefill_projection_flops": prefill.projections,
+            "prefill_core_flops": prefill.core,
+            "prefill_rest_flops": prefill.rest,
+        }
+
+    def on_device(self, shape: ModelShape) -> dict[str, Any]:
+        """What the device decides, in short: what fits and how fast a decode step is at best."""
+        bound = self._bounds(shape)[0]
+        budget = self._budget(self.weights.of_rank(shape, self.ranks))
+        rank = shard(shape, self.ranks)
+        return {
+            "max_concurrent_requests": None
+            if budget is None
+            else max_concurrent_requests(self.engine, rank, self.context, self.kv, budget),
+            "decode_seconds_bound": bound and bound.seconds,
+            "decode_limit": bound and bound.limit,
+            "decode_flops_per_byte": bound and bound.flops_per_byte,
+            "decode_flops_per_second_bound": bound and bound.flops / bound.seconds,
+        }
+
+    def _bounds(self, shape: ModelShape) -> tuple[Bound | None, Bound | None]:
+        """Of decoding and of prefilling."""
+        element = self.weights.bytes_per_parameter
+        if self.device is None or element is None:
+            return None, None
+        asked = (shape, self.context, self.batch, self.kv, element, self.device, self.ranks)
+        return decode_bound(*asked), prefill_bound(*asked)
+
+    def _budget(self, weights: float | None) -> int | None:
+        """Bytes for the cache on one device."""
+        if self.cache_bytes is not None or self.device is None or weights is None:
+            return self.cache_bytes
+        return cache_budget_bytes(self.device.memory_bytes, self.utilisation, weights + self.reserve_bytes)
+
     def _capacity(self, rank: ModelShape, weights: float | None) -> dict[str, Any]:
-        budget = self.cache_bytes
-        if budget is None and self.device and weights is not None:
-            taken = weights + self.reserve_bytes
-            budget = cache_budget_bytes(self.device.memory_bytes, self.utilisation, taken)
+        budget = self._budget(weights)
         if budget is None:
             names = ("cache_budget_bytes", "cache_tokens", "cache_blocks", "max_concurrent_requests", "max_context")
             return dict.fromkeys((*names, "max_context_alone", "context_unlimited"))
@@ -152,6 +189,9 @@ class Job:
             "max_context_alone": max_context(self.engine, rank, 1, self.kv, budget),
             "context_unlimited": longest is None,
         }
+
+
+_WORK = [f"{step}_{part}_flops" for step in ("decode", "prefill") for part in ("projection", "core", "rest")]
 
 
 def label(shape: ModelShape) -> str:

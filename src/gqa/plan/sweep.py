@@ -16,6 +16,7 @@ from gqa.plan.parameters import kv_projection_parameters, total_parameters
 from gqa.plan.recommend import recommend
 from gqa.plan.setting import Job, Setting, label
 from gqa.plan.weights import Stored, Weights
+from gqa.plan.what_if import what_if
 from gqa.plan.words import assumptions
 from gqa.record import Record
 from gqa.units import dtype_bytes
@@ -42,6 +43,7 @@ def plan(
     engine: Engine | None = None,
     ranks: int = 1,
     ignore_windows: bool = False,
+    alternatives: bool = False,
 ) -> Record:
     """What each number of KV heads would take and give.
 
@@ -58,6 +60,7 @@ def plan(
     engine:         how the cache is laid out (default: contiguous)
     ranks:          devices that share the model by tensor parallelism; memory figures are those of one of them
     ignore_windows: count sliding and chunked layers as if they kept all tokens
+    alternatives:   also what other devices, cache dtypes and contexts would give, for a page
     Raises GqaError for settings that are not on the dial and for values out of range.
     """
     engine = engine or Contiguous()
@@ -88,7 +91,8 @@ def plan(
         cache_bytes=cache_memory,
         ranks=ranks,
     )
-    settings = [job.setting(variant, variant.layers == shape.layers) for variant in _variants(shape, kv_heads)]
+    variants = _variants(shape, kv_heads)
+    settings = [job.setting(variant, variant.layers == shape.layers) for variant in variants]
     inputs = {
         "model": shape.name,
         "context": job.context,
@@ -111,6 +115,7 @@ def plan(
         "device": dataclasses.asdict(device) if device else None,
         "settings": [dataclasses.asdict(setting) for setting in settings],
         "recommendation": recommend(settings, job, requests) if requests else None,
+        "what_if": what_if(variants, job) if alternatives else None,
     }
     basis = {
         field.name: "predicted"

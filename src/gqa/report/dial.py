@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,55 +14,67 @@ from gqa.units import format_bytes, format_seconds
 def html(study: Study) -> str:
     """The controls, hidden until the script has filled them."""
     first = study.stops.index(words.headline_stop(study))
-    last = max(len(study.stops) - 1, 1)
-    stops = "".join(f'<span style="--at:{i / last:.4f}">{n}</span>' for i, n in enumerate(study.stops))
     numbers = [
-        _number("cache per token", "cache", "cache_note", _cache_basis(study), share="cache_share"),
-        _number("best perplexity", "perplexity", "perplexity_note", study.basis("perplexity")),
-        _number("time per token", "decode", "decode_note", study.basis("seconds_per_token_p50"), share="decode_share"),
-        _number(
+        big_number("cache per token", "cache", "cache_note", _cache_basis(study), share="cache_share"),
+        big_number("best perplexity", "perplexity", "perplexity_note", study.basis("perplexity")),
+        big_number(
+            "time per token", "decode", "decode_note", study.basis("seconds_per_token_p50"), share="decode_share"
+        ),
+        big_number(
             "requests on" if study.devices else "requests that fit",
             "requests",
             "requests_note",
             study.basis("max_concurrent_requests"),
-            control=_select("device", "device", {d: d for d in study.devices}),
+            control=select("device", "device", {d: d for d in study.devices}, choice=True),
         ),
     ]
+    return (
+        controls(study.stops, first, study.query_heads, numbers, _layer_select(study), _perplexities(study))
+        + """<p class="note"><span class="basis measured"></span> measured on this machine, <span class="basis"></span>
+predicted by arithmetic. The dial turns with the arrow keys, too; the address of the page keeps its setting.</p>"""
+    )
+
+
+def controls(
+    stops: Sequence[int],
+    first: int,
+    query_heads: int,
+    numbers: Sequence[str],
+    aside: str = "",
+    below: str = "",
+    above: str = "",
+) -> str:
+    """The slider over the stops, the picture of the heads, and the big numbers; hidden until the script shows it."""
+    last = max(len(stops) - 1, 1)
+    labels = "".join(f'<span style="--at:{i / last:.4f}">{n}</span>' for i, n in enumerate(stops))
+    choices = f'<div class="choices">{above}</div>\n' if above else ""
     return f"""<div class="dial" hidden>
-<p class="setting"><label for="kv-heads">KV heads: <span data-field="kv_heads"></span></label>
+{choices}<p class="setting"><label for="kv-heads">KV heads: <span data-field="kv_heads"></span></label>
 <output data-field="kind" for="kv-heads"></output></p>
 <div class="turn">
-<input type="range" id="kv-heads" min="0" max="{len(study.stops) - 1}" step="1" value="{first}">
-<div class="stops" aria-hidden="true">{stops}</div>
+<input type="range" id="kv-heads" min="0" max="{len(stops) - 1}" step="1" value="{first}">
+<div class="stops" aria-hidden="true">{labels}</div>
 </div>
 <div class="ends" aria-hidden="true"><span>more KV heads</span><span>smaller cache</span></div>
 <div class="picture">
-<div class="row"><span>{study.query_heads} query heads</span>{_layer_select(study)}</div>
+<div class="row"><span>{query_heads} query heads</span>{aside}</div>
 <svg role="img"></svg>
 <div class="row"><span data-field="stored"></span><span id="grouping"></span></div>
 </div>
 <dl class="numbers">
 {"".join(numbers)}
 </dl>
-{_perplexities(study)}
+{below}
 </div>
-<p class="note"><span class="basis measured"></span> measured on this machine, <span class="basis"></span> predicted by
-arithmetic. The dial turns with the arrow keys, too; the address of the page keeps its setting.</p>"""
+"""
 
 
 def data(study: Study) -> dict[str, Any]:
     """What the script shows, stop by stop."""
-    return {"gap": words.NOT_MEASURED, "stops": [_stop(study, n) for n in study.stops]}
+    return {"gap": words.NOT_MEASURED, "file": "study.json", "stops": [_stop(study, n) for n in study.stops]}
 
 
 def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
-    shared = study.query_heads // kv_heads
-    share = "each query head has its own" if shared == 1 else f"each read by {shared} query heads"
-    if kv_heads == 1:
-        share = f"read by all {study.query_heads} query heads"
-    kind = {study.query_heads: "multi-head attention", 1: "multi-query attention"}.get(
-        kv_heads, "grouped-query attention"
-    )
     best = study.best(kv_heads) if kv_heads != study.full else None
     parent = number(study.parent, "perplexity")
     if best:
@@ -71,25 +84,37 @@ def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
         perplexity = words.significant(parent) if parent and kv_heads == study.full else None
         note = "the parent itself, unchanged" if perplexity else ""
     return {
-        "kv_heads": kv_heads,
-        "kind": f"{kind}, {share}",
-        "text": f"{words.heads(kv_heads)}, {share}",
-        "stored": f"{words.heads(kv_heads)}, kept in the cache",
+        **heads_texts(study.query_heads, kv_heads),
         "reads": study.contiguous(kv_heads),
         "layers": study.groupings(kv_heads),
-        "plain": "neighbours share" if 1 < shared < study.query_heads else "",
-        "found": "heads that are alike share" if 1 < shared < study.query_heads else "",
         "perplexity": perplexity,
         "perplexity_note": note,
         **_cache(study, kv_heads),
         **_decode(study, kv_heads),
         **_fits(study, kv_heads, ""),  # the words for a gap, where the record has no device
-        "fits": {device: _fits(study, kv_heads, device) for device in study.devices},
+        "by": {device: _fits(study, kv_heads, device) for device in study.devices},
         **{
             f"{method}/{stage}": _perplexity(study, kv_heads, method, stage)
             for method in study.methods
             for stage in STAGES
         },
+    }
+
+
+def heads_texts(query_heads: int, kv_heads: int) -> dict[str, Any]:
+    """What a stop is called, and how its query heads share."""
+    shared = query_heads // kv_heads
+    share = "each query head has its own" if shared == 1 else f"each read by {shared} query heads"
+    if kv_heads == 1:
+        share = f"read by all {query_heads} query heads"
+    kind = {query_heads: "multi-head attention", 1: "multi-query attention"}.get(kv_heads, "grouped-query attention")
+    return {
+        "kv_heads": kv_heads,
+        "kind": f"{kind}, {share}",
+        "text": f"{words.heads(kv_heads)}, {share}",
+        "stored": f"{words.heads(kv_heads)}, kept in the cache",
+        "plain": "neighbours share" if 1 < shared < query_heads else "",
+        "found": "heads that are alike share" if 1 < shared < query_heads else "",
     }
 
 
@@ -131,7 +156,9 @@ def _cache_basis(study: Study) -> str | None:
     )
 
 
-def _number(title: str, field: str, note: str, basis: str | None, share: str | None = None, control: str = "") -> str:
+def big_number(
+    title: str, field: str, note: str, basis: str | None, share: str | None = None, control: str = ""
+) -> str:
     dot = f' <span class="basis {basis}" role="img" aria-label="{basis}" title="{basis}"></span>' if basis else ""
     bar = f'<div class="bar" data-share="{share}"><i></i></div>' if share else ""
     return (
@@ -166,14 +193,21 @@ def _layer_select(study: Study) -> str:
     if not layers:
         return ""
     options = {"": "contiguous groups"} | {str(layer): f"as converted, layer {layer}" for layer in layers}
-    return _select("layer", "grouping", options)
+    return select("layer", "grouping", options)
 
 
-def _select(name: str, label: str, options: dict[str, str]) -> str:
+def select(
+    name: str, label: str, options: Mapping[str, str], *, choice: bool = False, chosen: str | None = None
+) -> str:
+    """A select element; `choice`: one of those that decide which figures the dial shows."""
     if not options:
         return ""
-    body = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options.items())
-    return f'<select id="{name}" aria-label="{label}">{body}</select>'
+    body = "".join(
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
+        for value, text in options.items()
+    )
+    mark = " data-choice" if choice else ""
+    return f'<select id="{name}" aria-label="{label}"{mark}>{body}</select>'
 
 
 def _text(value: float | None, form: Any) -> str | None:

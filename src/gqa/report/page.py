@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from string import Template
@@ -21,29 +21,33 @@ def render(record: Record) -> str:
     The same record always gives the same page. Errors: GqaError when the record is not a study's."""
     study = Study.from_record(record)
     saves, costs = figures.saving_figures(study), figures.cost_figures(study)
-    sections = _section("saves", "What fewer KV heads save", "", saves)
-    sections += _section("costs", "What they cost", _methods(study), costs)
-    return Template(_asset("page.html")).substitute(
+    sections = section("saves", "What fewer KV heads save", "", figures_html(saves))
+    sections += section("costs", "What they cost", _methods(study), figures_html(costs))
+    return Template(asset("page.html")).substitute(
         title=escape(f"GQA study: {study.name}"),
         name=escape(study.name),
+        command="study",
         created=escape(str(record.created)[:10]),
-        style=_asset("page.css") + _stop_colors(study),
+        style=asset("page.css") + stop_colors(len(study.stops)),
         finding=escape(words.finding(study)),
+        lede="What that saves, and what it costs in quality, was measured here at every setting.",
+        how="How this was measured",
         dial=dial.html(study),
         settings=tables.html(_settings(study), "Every setting"),
         figures=sections,
         method=_method(study),
-        record=_embedded(json.loads(record.to_json())),
-        dial_data=_embedded(dial.data(study)),
-        script=_asset("dial.js"),
+        record=embedded(json.loads(record.to_json())),
+        dial_data=embedded(dial.data(study)),
+        script=asset("dial.js"),
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file that goes into the page."""
     return resources.files("gqa.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _embedded(document: Any) -> str:
+def embedded(document: Any) -> str:
     """JSON inside a script element: no character that could end the element or begin a comment."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -51,20 +55,18 @@ def _embedded(document: Any) -> str:
     return text
 
 
-def _stop_colors(study: Study) -> str:
+def stop_colors(stops: int) -> str:
     """One colour per stop of the dial, evenly from the colour of many heads to that of few."""
-    last = max(len(study.stops) - 1, 1)
+    last = max(stops - 1, 1)
     colors = [
-        f"--kv{i}: color-mix(in oklch, var(--kv-few) {100 * i / last:.0f}%, var(--kv-many));"
-        for i in range(len(study.stops))
+        f"--kv{i}: color-mix(in oklch, var(--kv-few) {100 * i / last:.0f}%, var(--kv-many));" for i in range(stops)
     ]
     return ":root { " + " ".join(colors) + " }"
 
 
-def _section(key: str, title: str, opening: str, drawn: Sequence[figures.Figure]) -> str:
-    if not drawn:
-        return ""
-    return f'<section id="{key}">\n<h2>{title}</h2>\n{opening}{_figures(drawn)}</section>\n'
+def section(key: str, title: str, opening: str, body: str) -> str:
+    """A section of the page, or nothing where nothing was drawn."""
+    return f'<section id="{key}">\n<h2>{title}</h2>\n{opening}{body}</section>\n' if body else ""
 
 
 def _methods(study: Study) -> str:
@@ -83,7 +85,7 @@ def _methods(study: Study) -> str:
     return f'<dl class="methods">\n{pairs}</dl>\n' if meanings else ""
 
 
-def _figures(drawn: Sequence[figures.Figure]) -> str:
+def figures_html(drawn: Sequence[figures.Figure]) -> str:
     """Figures of one panel stand in pairs, wider ones in a row of their own."""
     single = [figure for figure in drawn if len(figure.panels) == 1]
     wide = [figure for figure in drawn if len(figure.panels) != 1]
@@ -160,15 +162,25 @@ def _method(study: Study) -> str:
         ("What was asked", record.inputs),
         ("Measured or predicted", {basis: _named(record.basis, basis) for basis in ("measured", "predicted")}),
     ]
-    assumptions = "".join(f"<li>{escape(str(text))}</li>" for text in record.assumptions)
+    return facts_html(blocks, record.assumptions) + again("study.json")
+
+
+def facts_html(blocks: Sequence[tuple[str, Mapping[str, Any]]], assumptions: Sequence[str]) -> str:
+    """Tables of facts side by side, and below them what is assumed."""
+    said = "".join(f"<li>{escape(str(text))}</li>" for text in assumptions)
     return (
         '<div class="facts">\n'
-        + "".join(f"<div><h3>{title}</h3>{_pairs(pairs, title)}</div>\n" for title, pairs in blocks if pairs)
+        + "".join(f"<div><h3>{title}</h3>{pairs_table(pairs, title)}</div>\n" for title, pairs in blocks if pairs)
         + "</div>\n"
-        + (f"<h3>Assumptions</h3>\n<ul>{assumptions}</ul>\n" if assumptions else "")
-        + "<h3>Make this page again</h3>\n<p>It is drawn from its record alone, which lies inside it: "
-        '<button type="button" id="save-record">save study.json</button>, then '
-        "<code>gqa report study.json</code>.</p>"
+        + (f"<h3>Assumptions</h3>\n<ul>{said}</ul>\n" if said else "")
+    )
+
+
+def again(file: str) -> str:
+    """How to draw the page once more."""
+    return (
+        "<h3>Make this page again</h3>\n<p>It is drawn from its record alone, which lies inside it: "
+        f'<button type="button" id="save-record">save {file}</button>, then <code>gqa report {file}</code>.</p>'
     )
 
 
@@ -177,7 +189,7 @@ def _named(basis: Any, kind: str) -> list[str]:
     return [str(name).replace("_", " ") for name, of in basis.items() if of == kind]
 
 
-def _pairs(pairs: Any, label: str) -> str:
+def pairs_table(pairs: Any, label: str) -> str:
     body = "".join(
         f'<tr><th scope="row">{escape(str(name).replace("_", " "))}</th><td>{escape(_plain(value))}</td></tr>'
         for name, value in pairs.items()

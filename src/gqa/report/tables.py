@@ -19,10 +19,12 @@ class Table:
     left: frozenset[str] = frozenset()
 
 
-def rows_table(columns: Mapping[str, tuple[str, Callable[[Any], str]]], rows: Sequence[Mapping[str, Any]]) -> Table:
+def rows_table(
+    columns: Mapping[str, tuple[str, Callable[[Any], str]]], rows: Sequence[Mapping[str, Any]], gap: str = NOT_MEASURED
+) -> Table:
     """A table of record rows: field -> (column title, form). A column without any figure is left out."""
     kept = {field: of for field, of in columns.items() if any(row.get(field) is not None for row in rows)}
-    texts = [[_cell(row.get(field), form) for field, (_, form) in kept.items()] for row in rows]
+    texts = [[_cell(row.get(field), form, gap) for field, (_, form) in kept.items()] for row in rows]
     return Table([title for title, _ in kept.values()], texts, frozenset(t for t, form in kept.values() if form is str))
 
 
@@ -40,11 +42,11 @@ def html(table: Table, label: str) -> str:
     )
 
 
-def _cell(value: Any, form: Callable[[Any], str]) -> str:
+def _cell(value: Any, form: Callable[[Any], str], gap: str) -> str:
     if value is None:
-        return NOT_MEASURED
+        return gap
     if form is str:
         return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return NOT_MEASURED
+        return gap
     return form(value)

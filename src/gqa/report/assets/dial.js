@@ -5,7 +5,7 @@
   const dial = document.querySelector(".dial");
   const slider = document.getElementById("kv-heads");
   const layer = document.getElementById("layer");
-  const device = document.getElementById("device");
+  const choices = [...dial.querySelectorAll("select[data-choice]")]; // device, dtype, context: what a page lets choose
   const picture = document.querySelector(".picture svg");
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   let ends = null; // where each query head's line ends now, for the move to the next picture
@@ -73,7 +73,7 @@
     const stop = view.stops[index];
     const found = layer && stop.layers[layer.value];
     const reads = found || stop.reads;
-    const values = { ...stop, ...(device ? stop.fits[device.value] : {}) };
+    const values = { ...stop, ...(stop.by[choices.map((choice) => choice.value).join("|")] ?? {}) };
 
     for (const element of dial.querySelectorAll("[data-field]")) {
       const value = values[element.dataset.field];
@@ -93,12 +93,14 @@
       `KV head ${group} is read by query heads ${reads.flatMap((g, query) => (g === group ? [query] : [])).join(", ")}`);
     picture.setAttribute("aria-label", groups.join("; "));
     draw(stop, reads, animate);
+    const chosen = Object.fromEntries(choices.map((choice) => [choice.id, choice.value]));
+    document.dispatchEvent(new CustomEvent("dial", { detail: { view, index, chosen } }));
   }
 
   function remember() {
     const state = new URLSearchParams({ kv: view.stops[slider.value].kv_heads });
     if (layer && layer.value) state.set("layer", layer.value);
-    if (device) state.set("device", device.value);
+    for (const choice of choices) state.set(choice.id, choice.value);
     location.replace(`#${state}`);
   }
 
@@ -106,7 +108,8 @@
     const state = new URLSearchParams(location.hash.slice(1));
     const index = view.stops.findIndex((stop) => String(stop.kv_heads) === state.get("kv"));
     if (index >= 0) slider.value = index;
-    for (const [select, wanted] of [[layer, state.get("layer")], [device, state.get("device")]]) {
+    for (const select of [layer, ...choices]) {
+      const wanted = select && state.get(select.id);
       if (select && [...select.options].some((option) => option.value === wanted)) select.value = wanted;
     }
   }
@@ -114,7 +117,7 @@
   const turned = () => { show(true); remember(); };
   slider.addEventListener("input", turned);
   layer?.addEventListener("change", turned);
-  device?.addEventListener("change", turned);
+  for (const choice of choices) choice.addEventListener("change", turned);
   dial.querySelectorAll(".stops span").forEach((label, k) =>
     label.addEventListener("click", () => { slider.value = k; turned(); }));
   addEventListener("hashchange", () => { recall(); show(false); });
@@ -124,7 +127,7 @@
   document.getElementById("save-record").addEventListener("click", () => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([document.getElementById("record").textContent], { type: "application/json" }));
-    link.download = "study.json";
+    link.download = view.file;
     link.click();
   });
 
