@@ -16,6 +16,7 @@ from gqa.record import Record
 from gqa.report import plan_page
 from gqa.report.page import render
 from gqa.source import open_source
+from gqa.study.rows import planned as planned_rows
 
 
 def planned(model: str, **question) -> Record:
@@ -34,6 +35,16 @@ PLANS = {
         alternatives=True,
     ),
 }
+
+
+def study_with_plan() -> Record:
+    """The synthetic study, and what the planner says of its model under other devices, dtypes and contexts."""
+    results = study_results()
+    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+    config |= {"vocab_size": 4096, "intermediate_size": 688, "max_position_embeddings": 16384}
+    results["plan"] = planned_rows(parse_config(config, "SYNTHETIC model"), [8, 4, 2, 1], "fp32", 16384)
+    return study_record(results)
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -69,6 +80,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, record in (("small", study_record()), ("large", study_record(large))):
         found[name] = folder / f"{name}.html"
         found[name].write_text(render(record), encoding="utf-8")
+    found["study-plan"] = folder / "study-plan.html"
+    found["study-plan"].write_text(render(study_with_plan()), encoding="utf-8")
     for name, record in PLANS.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(plan_page.render(record), encoding="utf-8")

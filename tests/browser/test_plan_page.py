@@ -8,7 +8,7 @@ import pytest
 
 from gqa.units import format_bytes, format_seconds
 
-from .conftest import PLANS
+from .conftest import PLANS, study_with_plan
 from .test_report_page import CLIPPED, OVERLAPS, shown
 
 pytestmark = pytest.mark.browser
@@ -105,7 +105,7 @@ def test_choices_by_keyboard_are_kept_in_the_address(open_page) -> None:
     assert again.locator("#device").input_value() == "H200"
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [*PLANS, "study-plan"])
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overlaps_or_overflows(open_page, name: str, width: int, scheme: str) -> None:
@@ -116,7 +116,7 @@ def test_nothing_overlaps_or_overflows(open_page, name: str, width: int, scheme:
     assert page.evaluate(CLIPPED) == []
 
 
-@pytest.mark.parametrize("name", ["small", "large", *PLANS])
+@pytest.mark.parametrize("name", ["small", "large", "study-plan", *PLANS])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_axe_finds_nothing(open_page, name: str, scheme: str, width: int) -> None:
@@ -144,3 +144,20 @@ def test_what_is_unknown_is_said(open_page) -> None:
     assert shown(page, "decode") == "unknown"
     assert page.locator("#roofline").count() == 0
     assert page.locator("#work").count() == 0
+
+
+def test_a_study_shares_the_charts_and_keeps_what_it_measured(open_page) -> None:
+    page = open_page("study-plan", state="#kv=2&device=L4&dtype=fp32&context=16384")
+    rows = study_with_plan().results["plan"]["what_if"]["settings"]
+    (row,) = [
+        row
+        for row in rows
+        if (row["stop"], row["device"], row["kv_dtype"], row["context_tokens"]) == (2, "L4", "fp32", 16384)
+    ]
+    assert shown(page, "requests") == f"{row['max_concurrent_requests']:,}"
+    measured = shown(page, "cache"), shown(page, "decode")
+    page.locator("#device").select_option("H200")
+    page.locator("#dtype").select_option("bf16")
+    assert (shown(page, "cache"), shown(page, "decode")) == measured
+    assert page.locator(".heat tr.here th").inner_text() == "2 KV heads"
+    assert page.locator("#roof circle").count() == 4

@@ -17,6 +17,7 @@ MEASURED: tuple[str, ...] = (
     "seconds_p80",
     "fraction_of_roofline",
     "fraction_of_limit",
+    "fraction_of_bound",
     "fraction_of_copy",
     "fraction_of_datasheet",
     "fraction_of_matrix",
@@ -46,6 +47,8 @@ PREDICTED: tuple[str, ...] = (
     "copy_seconds",
     "datasheet_seconds",
     "matrix_seconds",
+    "cache_bytes_predicted",
+    "decode_seconds_bound",
     "error_max_allowed",
     "logits_error_rms_allowed",
 )

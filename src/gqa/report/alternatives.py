@@ -11,7 +11,8 @@ from html import escape
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import words
+from gqa.report import forms
+from gqa.report.controls import select
 from gqa.units import format_bytes, format_seconds
 
 LEVELS = 7  # shades of the heat map
@@ -77,13 +78,13 @@ class View:
         each = "one request" if count == 1 else f"{count:,} requests"
         return {
             "cache": format_bytes(cache["kv_bytes_per_token"]),
-            "cache_note": f"{format_bytes(cache['kv_bytes'])} for {each} of {words.tokens(context)} tokens",
+            "cache_note": f"{format_bytes(cache['kv_bytes'])} for {each} of {forms.tokens(context)} tokens",
             "cache_share": cache["kv_bytes"] / full["kv_bytes"],
             "requests": UNKNOWN if requests is None else f"{requests:,}",
-            "requests_note": f"of {words.tokens(context)} tokens, beside the weights on one {device}",
-            "decode": UNKNOWN if seconds is None else format_seconds(seconds),
-            "decode_note": "" if seconds is None else f"held by {row['decode_limit']}, for {each}",
-            "decode_share": None if seconds is None else seconds / slowest["decode_seconds_bound"],
+            "requests_note": f"of {forms.tokens(context)} tokens, beside the weights on one {device}",
+            "bound": UNKNOWN if seconds is None else format_seconds(seconds),
+            "bound_note": "" if seconds is None else f"held by {row['decode_limit']}, for {each}",
+            "bound_share": None if seconds is None else seconds / slowest["decode_seconds_bound"],
             "roof": self._point(row),
         }
 
@@ -194,11 +195,23 @@ class View:
         }
 
 
+def choices(view: View) -> str:
+    """The selects of device, dtype and context."""
+    asked = str(view.record.inputs["context"])
+    contexts = {str(n): f"{forms.tokens(n)} tokens" for n in view.contexts}
+    chosen = [
+        ("on", select("device", "device", {name: name for name in view.devices}, choice=True)),
+        ("cache in", select("dtype", "dtype of the cache", {name: name for name in view.dtypes}, choice=True)),
+        ("context", select("context", "context", contexts, choice=True, chosen=asked)),
+    ]
+    return "".join(f"<label>{text} {control}</label>" for text, control in chosen)
+
+
 def html(view: View) -> str:
     """The charts that follow the dial and its choices, filled by the script; each with its table."""
-    head = "".join(f'<th scope="col">{words.tokens(n)}</th>' for n in view.contexts)
+    head = "".join(f'<th scope="col">{forms.tokens(n)}</th>' for n in view.contexts)
     rows = "".join(
-        f'<tr><th scope="row">{words.heads(n)}</th>{"<td></td>" * len(view.contexts)}</tr>\n' for n in view.heads
+        f'<tr><th scope="row">{forms.heads(n)}</th>{"<td></td>" * len(view.contexts)}</tr>\n' for n in view.heads
     )
     heat = (
         '<figure id="heat"><figcaption><h3>Cache by KV heads and context</h3>\n<p>Bytes that the requests keep. Hatched'

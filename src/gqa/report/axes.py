@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from gqa.report import words
+from gqa.report import forms
 from gqa.units import format_bytes, format_seconds
 
 ROUND = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
@@ -43,7 +43,7 @@ def powers(title: str, values: Sequence[float], label: Callable[[float], str], u
 
 
 def contexts(title: str, values: Sequence[float]) -> Axis:
-    return powers(title, values, words.tokens)
+    return powers(title, values, forms.tokens)
 
 
 def sizes(title: str, values: Sequence[float]) -> Axis:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gqa.report import words
+from gqa.report import alternatives, forms, words
+from gqa.report.controls import big_number, select
 from gqa.report.reading import STAGES, Study, number
 from gqa.units import format_bytes, format_seconds
 
@@ -14,22 +15,36 @@ from gqa.units import format_bytes, format_seconds
 def html(study: Study) -> str:
     """The controls, hidden until the script has filled them."""
     first = study.stops.index(words.headline_stop(study))
+    view = study.view
+    requests = (
+        big_number("requests at once", "requests", "requests_note", "predicted")
+        if view
+        else big_number(
+            "requests on" if study.devices else "requests that fit",
+            "requests",
+            "requests_note",
+            study.basis("max_concurrent_requests"),
+            control=select("device", "device", {d: d for d in study.devices}, choice=True),
+        )
+    )
     numbers = [
         big_number("cache per token", "cache", "cache_note", _cache_basis(study), share="cache_share"),
         big_number("best perplexity", "perplexity", "perplexity_note", study.basis("perplexity")),
         big_number(
             "time per token", "decode", "decode_note", study.basis("seconds_per_token_p50"), share="decode_share"
         ),
-        big_number(
-            "requests on" if study.devices else "requests that fit",
-            "requests",
-            "requests_note",
-            study.basis("max_concurrent_requests"),
-            control=select("device", "device", {d: d for d in study.devices}, choice=True),
-        ),
+        requests,
     ]
     return (
-        controls(study.stops, first, study.query_heads, numbers, _layer_select(study), _perplexities(study))
+        controls(
+            study.stops,
+            first,
+            study.query_heads,
+            numbers,
+            aside=_layer_select(study),
+            below=_perplexities(study),
+            above=alternatives.choices(view) if view else "",
+        )
         + """<p class="note"><span class="basis measured"></span> measured on this machine, <span class="basis"></span>
 predicted by arithmetic. The dial turns with the arrow keys, too; the address of the page keeps its setting.</p>"""
     )
@@ -71,17 +86,18 @@ def controls(
 
 def data(study: Study) -> dict[str, Any]:
     """What the script shows, stop by stop."""
-    return {"gap": words.NOT_MEASURED, "file": "study.json", "stops": [_stop(study, n) for n in study.stops]}
+    more = study.view.data() if study.view else {}
+    return {"gap": forms.NOT_MEASURED, "file": "study.json", "stops": [_stop(study, n) for n in study.stops], **more}
 
 
 def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
     best = study.best(kv_heads) if kv_heads != study.full else None
     parent = number(study.parent, "perplexity")
     if best:
-        perplexity, note = words.significant(best[0]), f"{words.method_name(best[1])}, {words.STAGE_NAMES[best[2]]}"
-        note += f"; the parent has {words.significant(parent)}" if parent else ""
+        perplexity, note = forms.significant(best[0]), f"{words.method_name(best[1])}, {words.STAGE_NAMES[best[2]]}"
+        note += f"; the parent has {forms.significant(parent)}" if parent else ""
     else:
-        perplexity = words.significant(parent) if parent and kv_heads == study.full else None
+        perplexity = forms.significant(parent) if parent and kv_heads == study.full else None
         note = "the parent itself, unchanged" if perplexity else ""
     return {
         **heads_texts(study.query_heads, kv_heads),
@@ -92,7 +108,7 @@ def _stop(study: Study, kv_heads: int) -> dict[str, Any]:
         **_cache(study, kv_heads),
         **_decode(study, kv_heads),
         **_fits(study, kv_heads, ""),  # the words for a gap, where the record has no device
-        "by": {device: _fits(study, kv_heads, device) for device in study.devices},
+        "by": _choices(study, kv_heads),
         **{
             f"{method}/{stage}": _perplexity(study, kv_heads, method, stage)
             for method in study.methods
@@ -111,8 +127,8 @@ def heads_texts(query_heads: int, kv_heads: int) -> dict[str, Any]:
     return {
         "kv_heads": kv_heads,
         "kind": f"{kind}, {share}",
-        "text": f"{words.heads(kv_heads)}, {share}",
-        "stored": f"{words.heads(kv_heads)}, kept in the cache",
+        "text": f"{forms.heads(kv_heads)}, {share}",
+        "stored": f"{forms.heads(kv_heads)}, kept in the cache",
         "plain": "neighbours share" if 1 < shared < query_heads else "",
         "found": "heads that are alike share" if 1 < shared < query_heads else "",
     }
@@ -120,22 +136,22 @@ def heads_texts(query_heads: int, kv_heads: int) -> dict[str, Any]:
 
 def _perplexity(study: Study, kv_heads: int, method: str, stage: str) -> str | None:
     found = study.figure(kv_heads, method, stage, "perplexity")
-    return "as the parent" if found is None and kv_heads == study.full else _text(found, words.significant)
+    return "as the parent" if found is None and kv_heads == study.full else _text(found, forms.significant)
 
 
 def _cache(study: Study, kv_heads: int) -> dict[str, Any]:
     ratio = number(study.setting(kv_heads), "kv_cache_saving_ratio")
     value = words.cache_bytes(study, kv_heads)
-    note = "" if not ratio else f"{words.times(ratio)} smaller" if ratio > 1 else "the parent's cache"
+    note = "" if not ratio else f"{forms.times(ratio)} smaller" if ratio > 1 else "the parent's cache"
     return {"cache": _text(value, format_bytes), "cache_note": note, "cache_share": 1 / ratio if ratio else None}
 
 
 def _decode(study: Study, kv_heads: int) -> dict[str, Any]:
     seconds, slowest = study.decode_seconds(kv_heads), study.decode_seconds(study.full)
-    note = f"with {words.tokens(study.longest_context or 0)} tokens of context" if seconds else ""
+    note = f"with {forms.tokens(study.longest_context or 0)} tokens of context" if seconds else ""
     share = seconds / slowest if seconds and slowest else None
     if share and kv_heads != study.full:
-        note += f", {words.times(1 / share)} faster" if share < 0.95 else ", no faster"
+        note += f", {forms.times(1 / share)} faster" if share < 0.95 else ", no faster"
     return {"decode": _text(seconds, format_seconds), "decode_note": note, "decode_share": share and min(share, 1)}
 
 
@@ -143,27 +159,26 @@ def _fits(study: Study, kv_heads: int, device: str) -> dict[str, Any]:
     row = study.capacity_row(kv_heads, device)
     requests, context = number(row, "max_concurrent_requests"), number(row, "context_tokens")
     longest = number(row, "max_context_tokens")
-    note = f"of {words.tokens(context)} tokens fit" if requests is not None and context else ""
+    note = f"of {forms.tokens(context)} tokens fit" if requests is not None and context else ""
     if note and longest:
-        note += f", or one of {words.about(longest)}"
-    return {"requests": _text(requests, words.whole), "requests_note": note}
+        note += f", or one of {forms.about(longest)}"
+    return {"requests": _text(requests, forms.whole), "requests_note": note}
+
+
+def _choices(study: Study, kv_heads: int) -> dict[str, dict[str, Any]]:
+    """What the choices change. Cache and decode time were measured here, and no choice of a device changes them."""
+    if study.view is None:
+        return {device: _fits(study, kv_heads, device) for device in study.devices}
+    changed = study.view.by(study.stops.index(kv_heads))
+    return {
+        choice: {k: v for k, v in fields.items() if not k.startswith("cache")} for choice, fields in changed.items()
+    }
 
 
 def _cache_basis(study: Study) -> str | None:
     row = study.settings[0]
     return study.basis(
         "kv_bytes_per_token_measured" if row.get("kv_bytes_per_token_measured") else "kv_bytes_per_token"
-    )
-
-
-def big_number(
-    title: str, field: str, note: str, basis: str | None, share: str | None = None, control: str = ""
-) -> str:
-    dot = f' <span class="basis {basis}" role="img" aria-label="{basis}" title="{basis}"></span>' if basis else ""
-    bar = f'<div class="bar" data-share="{share}"><i></i></div>' if share else ""
-    return (
-        f'<div><dt>{title} {control}{dot}</dt><dd><div class="big" data-field="{field}"></div>{bar}'
-        f'<div class="small" data-field="{note}"></div></dd></div>\n'
     )
 
 
@@ -180,7 +195,7 @@ def _perplexities(study: Study) -> str:
         for method in study.methods
     )
     fixed = {"converted": number(study.parent, "perplexity"), "uptrained": number(study.control, "perplexity")}
-    cells = "".join(f"<td>{words.shown(fixed[stage], words.significant)}</td>" for stage in stages)
+    cells = "".join(f"<td>{forms.shown(fixed[stage], forms.significant)}</td>" for stage in stages)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Perplexity at this setting"><table class="here">'
         f'<thead><tr><th scope="col">perplexity</th>{head}</tr></thead><tbody>{rows}'
@@ -194,20 +209,6 @@ def _layer_select(study: Study) -> str:
         return ""
     options = {"": "contiguous groups"} | {str(layer): f"as converted, layer {layer}" for layer in layers}
     return select("layer", "grouping", options)
-
-
-def select(
-    name: str, label: str, options: Mapping[str, str], *, choice: bool = False, chosen: str | None = None
-) -> str:
-    """A select element; `choice`: one of those that decide which figures the dial shows."""
-    if not options:
-        return ""
-    body = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
-        for value, text in options.items()
-    )
-    mark = " data-choice" if choice else ""
-    return f'<select id="{name}" aria-label="{label}"{mark}>{body}</select>'
 
 
 def _text(value: float | None, form: Any) -> str | None:

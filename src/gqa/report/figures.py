@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from gqa.report import axes, words
+from gqa.report import axes, forms, words
 from gqa.report.bars import Bar, bars
 from gqa.report.chart import Frame, Rule, Series, panel
 from gqa.report.reading import STAGES, Study, number, points, positive
@@ -58,7 +58,7 @@ def _memory(study: Study) -> Figure | None:
     first, last = min(reach), max(reach)
     series = [
         Series(
-            words.heads(n),
+            forms.heads(n),
             *_stop_style(study, n),
             points=measured[n],
             hollow=longest[n],
@@ -75,7 +75,7 @@ def _memory(study: Study) -> Figure | None:
     across = axes.contexts("context of one request, tokens", [first, last])
     up = axes.sizes("KV cache, bytes", [*drawn, *memory.values()])
     series = [dataclasses.replace(one, path=_below(one.path, up.high)) for one in series]
-    rules = [Rule(f"{device}, {words.gib(size)}", size, inside=True) for device, size in memory.items()]
+    rules = [Rule(f"{device}, {forms.gib(size)}", size, inside=True) for device, size in memory.items()]
     caption = "The cache grows with every token, at a rate that the number of KV heads sets. Lines are predicted: "
     caption += "bytes per token times tokens."
     if any(measured.values()):
@@ -95,22 +95,22 @@ def _memory(study: Study) -> Figure | None:
 
 
 def _memory_tables(study: Study) -> dict[str, Table]:
-    heads = {"kv_heads": ("KV heads", words.whole)}
+    heads = {"kv_heads": ("KV heads", forms.whole)}
     rates = heads | {
-        "kv_bytes_per_token": ("cache per token predicted, bytes", words.whole),
-        "kv_bytes_per_token_measured": ("measured, bytes", words.whole),
+        "kv_bytes_per_token": ("cache per token predicted, bytes", forms.whole),
+        "kv_bytes_per_token_measured": ("measured, bytes", forms.whole),
     }
     caches = heads | {
-        "context_tokens": ("context, tokens", words.whole),
-        "cache_bytes_predicted": ("cache predicted, bytes", words.whole),
-        "cache_bytes_measured": ("measured, bytes", words.whole),
+        "context_tokens": ("context, tokens", forms.whole),
+        "cache_bytes_predicted": ("cache predicted, bytes", forms.whole),
+        "cache_bytes_measured": ("measured, bytes", forms.whole),
     }
     capacity = heads | {
         "device": ("device", str),
         "memory_bytes": ("memory", format_bytes),
-        "max_context_tokens": ("longest context, tokens", words.whole),
-        "max_concurrent_requests": ("requests that fit", words.whole),
-        "context_tokens": ("of tokens each", words.whole),
+        "max_context_tokens": ("longest context, tokens", forms.whole),
+        "max_concurrent_requests": ("requests that fit", forms.whole),
+        "context_tokens": ("of tokens each", forms.whole),
     }
     found = {
         "Cache per token": rows_table(rates, study.settings),
@@ -123,7 +123,7 @@ def _memory_tables(study: Study) -> dict[str, Table]:
 def _decode(study: Study) -> Figure | None:
     series = [
         Series(
-            words.heads(n),
+            forms.heads(n),
             *_stop_style(study, n),
             points=list(points(rows, "context_tokens", "seconds_per_token_p50")),
             spreads=[
@@ -147,8 +147,8 @@ def _decode(study: Study) -> Figure | None:
         " read. Marks are medians, measured on this machine; bars reach from the 20th to the 80th percentile."
     )
     columns = {
-        "kv_heads": ("KV heads", words.whole),
-        "context_tokens": ("context, tokens", words.whole),
+        "kv_heads": ("KV heads", forms.whole),
+        "context_tokens": ("context, tokens", forms.whole),
         "seconds_per_token_p20": ("p20", format_seconds),
         "seconds_per_token_p50": ("median", format_seconds),
         "seconds_per_token_p80": ("p80", format_seconds),
@@ -169,15 +169,15 @@ def _quality(study: Study) -> Figure | None:
         for method in study.methods:
             marks = [(n, p) for n in study.stops if (p := study.figure(n, method, stage, "perplexity"))]
             if marks:
-                name = f"{words.short_name(method)} {words.significant(marks[-1][1])}"
+                name = f"{words.short_name(method)} {forms.significant(marks[-1][1])}"
                 drawn[stage].append(Series(name, *_method_style(method), points=marks, path=[*start, *marks]))
     if not any(drawn.values()):
         return None
-    rules = [Rule(f"parent {words.significant(parent)}", parent, "var(--ink)")] if parent else []
-    trained = [Rule(f"control {words.significant(control)}", control, dash=(2, 3))] if control else []
+    rules = [Rule(f"parent {forms.significant(parent)}", parent, "var(--ink)")] if parent else []
+    trained = [Rule(f"control {forms.significant(control)}", control, dash=(2, 3))] if control else []
     values = [b for every in drawn.values() for one in every for _, b in one.points]
     values += [rule.y for rule in rules + trained]
-    up = axes.rounded("perplexity, lower is better", values, words.tick)
+    up = axes.rounded("perplexity, lower is better", values, forms.tick)
     across = axes.head_counts("KV heads", study.stops)
     panels = [
         (words.STAGE_NAMES[stage], panel(across, up, series, rules + (trained if stage == "uptrained" else [])))
@@ -189,15 +189,15 @@ def _quality(study: Study) -> Figure | None:
     if trained and drawn["uptrained"]:
         caption += " The control is the parent itself, trained on for as long as the converted models were."
     columns = {
-        "kv_heads": ("KV heads", words.whole),
+        "kv_heads": ("KV heads", forms.whole),
         "method": ("method", str),
         "stage": ("stage", str),
-        "perplexity": ("perplexity", words.significant),
+        "perplexity": ("perplexity", forms.significant),
         "cross_entropy_nats_per_token": ("cross-entropy, nats/token", lambda v: f"{v:.4f}"),
         "standard_error_nats": ("standard error, nats", lambda v: f"{v:.4f}"),
         "loss_above_parent_nats": ("above the parent, nats", lambda v: f"{v:+.4f}"),
         "kl_to_parent_nats": ("KL to the parent, nats", lambda v: f"{v:.4f}"),
-        "top1_agreement": ("same first choice", words.percent),
+        "top1_agreement": ("same first choice", forms.percent),
         "seconds": ("time taken", format_seconds),
     }
     return Figure(
@@ -208,8 +208,8 @@ def _quality(study: Study) -> Figure | None:
 def _share(study: Study) -> Figure | None:
     groups = {
         stage: {
-            words.heads(n): [
-                Bar(words.short_name(method), share, words.percent(share), _method_style(method)[0])
+            forms.heads(n): [
+                Bar(words.short_name(method), share, forms.percent(share), _method_style(method)[0])
                 for method in study.methods
                 if (share := study.figure(n, method, stage, "share_of_mean_loss")) is not None
             ]
@@ -221,7 +221,7 @@ def _share(study: Study) -> Figure | None:
     shares = [bar.value for stage in groups.values() for one in stage.values() for bar in one]
     if not shares:
         return None
-    across = axes.linear("share of the loss of mean pooling", [*shares, 1.0], words.percent_tick)
+    across = axes.linear("share of the loss of mean pooling", [*shares, 1.0], forms.percent_tick)
     panels = [
         (words.STAGE_NAMES[stage], bars(across, {name: rows for name, rows in one.items() if rows}))
         for stage, one in groups.items()
@@ -233,10 +233,10 @@ def _share(study: Study) -> Figure | None:
         " Below zero the model is better than its parent."
     )
     columns = {
-        "kv_heads": ("KV heads", words.whole),
+        "kv_heads": ("KV heads", forms.whole),
         "method": ("method", str),
         "stage": ("stage", str),
-        "share_of_mean_loss": ("share of mean's loss", words.percent),
+        "share_of_mean_loss": ("share of mean's loss", forms.percent),
         "loss_above_parent_nats": ("above the parent, nats", lambda v: f"{v:+.4f}"),
     }
     rows = [row for row in study.quality if number(row, "share_of_mean_loss") is not None]
@@ -256,19 +256,19 @@ def _layers(study: Study) -> Figure | None:
     if not drawn:
         return None
     every = [mark for series in drawn.values() for one in series for mark in one.points]
-    up = axes.rounded("squared distance, share", [b for _, b in every], words.percent_tick)
+    up = axes.rounded("squared distance, share", [b for _, b in every], forms.percent_tick)
     across = axes.whole_numbers("layer", [a for a, _ in every])
-    panels = [(words.heads(n), panel(across, up, series, frame=SMALL)) for n, series in drawn.items()]
+    panels = [(forms.heads(n), panel(across, up, series, frame=SMALL)) for n, series in drawn.items()]
     caption = (
         "How far the hidden states behind each layer are from the parent's on the calibration text: squared distance"
         " over squared length, mean over tokens. What a layer loses is passed on to those after it. Nothing has been"
         " uptrained yet."
     )
     columns = {
-        "kv_heads": ("KV heads", words.whole),
+        "kv_heads": ("KV heads", forms.whole),
         "method": ("method", str),
-        "layer": ("layer", words.whole),
-        "hidden_error": ("relative squared error", lambda v: words.significant(v, 3)),
+        "layer": ("layer", forms.whole),
+        "hidden_error": ("relative squared error", lambda v: forms.significant(v, 3)),
     }
     rows = [row for row in study.layers if number(row, "hidden_error") is not None]
     return Figure("layers", words.layers_title(study), caption, panels, {"Error by layer": rows_table(columns, rows)})

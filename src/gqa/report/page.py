@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import dial, figures, tables, words
+from gqa.report import alternatives, dial, figures, forms, tables, words
 from gqa.report.reading import Study, number
 from gqa.units import format_bytes, format_seconds
 
@@ -34,11 +34,11 @@ def render(record: Record) -> str:
         how="How this was measured",
         dial=dial.html(study),
         settings=tables.html(_settings(study), "Every setting"),
-        figures=sections,
+        figures=sections + (alternatives.html(study.view) if study.view else ""),
         method=_method(study),
         record=embedded(json.loads(record.to_json())),
         dial_data=embedded(dial.data(study)),
-        script=asset("dial.js"),
+        script=asset("dial.js") + asset("alternatives.js"),
     )
 
 
@@ -75,7 +75,7 @@ def _methods(study: Study) -> str:
     if any(row.get("stage") == "uptrained" for row in study.quality):
         trained, parent = number(study.control, "train_tokens"), number(study.parent, "train_tokens")
         extent = (
-            f", here {words.whole(trained)} tokens, {words.percent(trained / parent)}" if trained and parent else ""
+            f", here {forms.whole(trained)} tokens, {forms.percent(trained / parent)}" if trained and parent else ""
         )
         meanings["uptraining"] = (
             "Afterwards the whole converted model goes on with the training of its parent for a small share of the"
@@ -117,16 +117,16 @@ def _settings(study: Study) -> tables.Table:
     columns: dict[str, list[str]] = {
         "KV heads": [str(n) for n in study.stops],
         "query heads per KV head": [str(study.query_heads // n) for n in study.stops],
-        "cache per token": [words.shown(words.cache_bytes(study, n), format_bytes) for n in study.stops],
+        "cache per token": [forms.shown(words.cache_bytes(study, n), format_bytes) for n in study.stops],
         "cache smaller by": [
-            words.shown(number(study.setting(n), "kv_cache_saving_ratio"), words.times) for n in study.stops
+            forms.shown(number(study.setting(n), "kv_cache_saving_ratio"), forms.times) for n in study.stops
         ],
     }
     for title, name in (("attention parameters", "attention_parameters"), ("all parameters", "parameters")):
-        columns[title] = [words.shown(number(study.setting(n), name), words.about) for n in study.stops]
+        columns[title] = [forms.shown(number(study.setting(n), name), forms.about) for n in study.stops]
     if study.decode:
-        title = f"time per token at {words.tokens(study.longest_context or 0)} tokens"
-        columns[title] = [words.shown(study.decode_seconds(n), format_seconds) for n in study.stops]
+        title = f"time per token at {forms.tokens(study.longest_context or 0)} tokens"
+        columns[title] = [forms.shown(study.decode_seconds(n), format_seconds) for n in study.stops]
     for stage, name in words.STAGE_NAMES.items():
         if any(row.get("stage") == stage for row in study.quality):
             columns[f"best perplexity {name}"] = [_best(study, n, stage) for n in study.stops]
@@ -137,24 +137,24 @@ def _best(study: Study, kv_heads: int, stage: str) -> str:
     best = study.best(kv_heads, [stage])
     if best is None and kv_heads == study.full:
         reference = number(study.parent if stage == "converted" else study.control, "perplexity")
-        return words.shown(reference, words.significant)
-    return words.shown(best and best[0], words.significant)
+        return forms.shown(reference, forms.significant)
+    return forms.shown(best and best[0], forms.significant)
 
 
 def _method(study: Study) -> str:
     record, parent = study.record, study.parent
     facts = {
         "name": study.name,
-        "parameters": words.shown(number(parent, "parameters"), words.whole),
-        "layers": words.shown(number(parent, "layers"), words.whole),
+        "parameters": forms.shown(number(parent, "parameters"), forms.whole),
+        "layers": forms.shown(number(parent, "layers"), forms.whole),
         "query heads": str(study.query_heads),
         "KV heads": str(study.full),
-        "head dim": words.shown(number(parent, "head_dim"), words.whole),
-        "trained on": words.shown(number(parent, "train_tokens"), lambda n: f"{n:,} tokens"),
-        "training took": words.shown(number(parent, "train_seconds"), format_seconds),
+        "head dim": forms.shown(number(parent, "head_dim"), forms.whole),
+        "trained on": forms.shown(number(parent, "train_tokens"), lambda n: f"{n:,} tokens"),
+        "training took": forms.shown(number(parent, "train_seconds"), format_seconds),
     }
     machine = {str(name): value for name, value in record.machine.items() if name != "memory_bytes"}
-    machine["memory"] = words.shown(number(record.machine, "memory_bytes"), format_bytes)
+    machine["memory"] = forms.shown(number(record.machine, "memory_bytes"), format_bytes)
     blocks = [
         ("The parent model", facts),
         ("This machine", machine),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import axes, words
+from gqa.report import axes, forms
 from gqa.report.chart import Rule, Series, panel
 from gqa.report.figures import SHAPES, TALL, Figure
 from gqa.report.tables import Table
@@ -29,7 +29,7 @@ def growth(record: Record, stops: Sequence[Mapping[str, Any]]) -> Figure:
     drawn = sizes.values()
     series = [
         Series(
-            words.heads(stops[place]["kv_heads"]),
+            forms.heads(stops[place]["kv_heads"]),
             f"var(--kv{place})",
             SHAPES[place % len(SHAPES)],
             path=[(n, sizes[index, n]) for n in contexts],
@@ -39,21 +39,21 @@ def growth(record: Record, stops: Sequence[Mapping[str, Any]]) -> Figure:
     ]
     devices = _apart(record.results["what_if"]["devices"], max(drawn))
     rules = [
-        Rule(f"{row['device']}, {words.gib(row['memory_bytes'])}", row["memory_bytes"], inside=True) for row in devices
+        Rule(f"{row['device']}, {forms.gib(row['memory_bytes'])}", row["memory_bytes"], inside=True) for row in devices
     ]
     up = axes.sizes("KV cache, bytes", [*drawn, *(row["memory_bytes"] for row in devices)])
     across = axes.contexts("context of a request, tokens", contexts if len(contexts) > 1 else [1, contexts[0]])
     first, last = stops[0], stops[-1]
     requests = "one request" if record.inputs["batch"] == 1 else f"{record.inputs['batch']:,} requests"
     table = Table(
-        ["context, tokens", *(words.heads(row["kv_heads"]) for row in stops)],
+        ["context, tokens", *(forms.heads(row["kv_heads"]) for row in stops)],
         [[f"{n:,}", *(format_bytes(sizes[index, n]) for index in kept)] for n in contexts],
     )
     return Figure(
         "growth",
-        f"At {words.tokens(contexts[-1])} tokens the cache is {format_bytes(sizes[kept[0], contexts[-1]])} with"
-        f" {words.heads(first['kv_heads'])} and {format_bytes(sizes[kept[-1], contexts[-1]])} with"
-        f" {words.heads(last['kv_heads'])}",
+        f"At {forms.tokens(contexts[-1])} tokens the cache is {format_bytes(sizes[kept[0], contexts[-1]])} with"
+        f" {forms.heads(first['kv_heads'])} and {format_bytes(sizes[kept[-1], contexts[-1]])} with"
+        f" {forms.heads(last['kv_heads'])}",
         f"Bytes that {requests} keep, in {dtype}, as {record.inputs['engine']} lays them out. Dashed lines are whole"
         " memories of devices; the weights take their part of it first.",
         [("", panel(across, up, series, rules, TALL))],

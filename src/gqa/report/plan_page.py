@@ -10,7 +10,8 @@ from typing import Any
 
 from gqa.errors import GqaError
 from gqa.record import Record
-from gqa.report import alternatives, dial, tables, words
+from gqa.report import alternatives, dial, forms, tables
+from gqa.report.controls import big_number
 from gqa.report.page import again, asset, embedded, facts_html, figures_html, section, stop_colors
 from gqa.report.plan_figures import growth
 from gqa.units import format_bytes, format_count, format_seconds
@@ -54,15 +55,15 @@ def _finding(record: Record, stops: Sequence[Mapping[str, Any]]) -> str:
     advice = record.results["recommendation"]
     if advice and advice["known"]:
         return advice["reason"]
-    model, context = record.results["model"], words.tokens(record.inputs["context"])
+    model, context = record.results["model"], forms.tokens(record.inputs["context"])
     current = next((row for row in stops if row["is_current"]), stops[0])
     few = stops[-1]
     what = f"{model['name']} keeps {format_bytes(current['kv_bytes'])} for {_requests(record)} of {context} tokens"
     if current is few:
-        return f"{what}, with {words.heads(current['kv_heads'])} the least that there can be."
+        return f"{what}, with {forms.heads(current['kv_heads'])} the least that there can be."
     middle = next((row for row in stops if current["kv_heads"] >= 4 * row["kv_heads"]), few)
     return (
-        f"{what}; with {words.heads(middle['kv_heads'])} instead of {current['kv_heads']} it would be"
+        f"{what}; with {forms.heads(middle['kv_heads'])} instead of {current['kv_heads']} it would be"
         f" {format_bytes(middle['kv_bytes'])}."
     )
 
@@ -79,29 +80,16 @@ def _dial(record: Record, stops: Sequence[Mapping[str, Any]], view: alternatives
         first = [row["kv_heads"] for row in stops].index(advice["kv_heads"])
     basis = "predicted"
     numbers = [
-        dial.big_number("cache per token", "cache", "cache_note", basis, share="cache_share"),
-        dial.big_number("requests at once", "requests", "requests_note", basis),
-        dial.big_number("decode step at best", "decode", "decode_note", basis, share="decode_share"),
-        dial.big_number("quality", "quality", "quality_note", None),
+        big_number("cache per token", "cache", "cache_note", basis, share="cache_share"),
+        big_number("requests at once", "requests", "requests_note", basis),
+        big_number("decode step at best", "bound", "bound_note", basis, share="bound_share"),
+        big_number("quality", "quality", "quality_note", None),
     ]
-    chosen = [
-        ("on", dial.select("device", "device", {name: name for name in view.devices}, choice=True)),
-        ("cache in", dial.select("dtype", "dtype of the cache", {name: name for name in view.dtypes}, choice=True)),
-        (
-            "context",
-            dial.select(
-                "context",
-                "context",
-                {str(n): f"{words.tokens(n)} tokens" for n in view.contexts},
-                choice=True,
-                chosen=str(record.inputs["context"]),
-            ),
-        ),
-    ]
-    choices = "".join(f"<label>{text} {control}</label>" for text, control in chosen)
     queries = record.results["model"]["query_heads"] or stops[0]["kv_heads"] * stops[0]["queries_per_kv_head"]
     return (
-        dial.controls([row["kv_heads"] for row in stops], first, queries, numbers, below="", above=choices)
+        dial.controls(
+            [row["kv_heads"] for row in stops], first, queries, numbers, below="", above=alternatives.choices(view)
+        )
         + '<p class="note">Every figure here is predicted by arithmetic (<span class="basis"></span>), for'
         f" {_requests(record)}; none is measured. The dial turns with the arrow keys, too; the address of the page"
         " keeps its state.</p>"
@@ -114,25 +102,25 @@ def _data(record: Record, stops: Sequence[Mapping[str, Any]], view: alternatives
         kv_heads, shared = row["kv_heads"], row["queries_per_kv_head"]
         texts = dial.heads_texts(kv_heads * shared, kv_heads)
         reads = [query // shared for query in range(kv_heads * shared)]
-        quality = {"quality": words.NOT_MEASURED, "quality_note": NO_STUDY}
+        quality = {"quality": forms.NOT_MEASURED, "quality_note": NO_STUDY}
         if row["is_current"]:
             quality = {"quality": "its own", "quality_note": "the model as it is"}
         shown.append({**texts, "reads": reads, "layers": {}, **quality, "by": view.by(index)})
-    return {"gap": words.NOT_MEASURED, "file": "plan.json", "stops": shown, **view.data()}
+    return {"gap": forms.NOT_MEASURED, "file": "plan.json", "stops": shown, **view.data()}
 
 
 def _settings(stops: Sequence[Mapping[str, Any]]) -> tables.Table:
     columns = {
-        "kv_heads": ("KV heads", words.whole),
-        "queries_per_kv_head": ("query heads per KV head", words.whole),
+        "kv_heads": ("KV heads", forms.whole),
+        "queries_per_kv_head": ("query heads per KV head", forms.whole),
         "kv_bytes_per_token": ("cache per token", format_bytes),
         "kv_bytes": ("KV cache", format_bytes),
         "kv_projection_parameters": ("K and V parameters", format_count),
         "weight_bytes": ("weights", format_bytes),
         "decode_seconds_bound": ("decode step at best", format_seconds),
         "prefill_seconds_bound": ("prefill at best", format_seconds),
-        "max_concurrent_requests": ("requests at once", words.whole),
-        "max_context": ("longest context", words.whole),
+        "max_concurrent_requests": ("requests at once", forms.whole),
+        "max_context": ("longest context", forms.whole),
         "overtaking_context": ("cache above weights from", lambda n: f"{n:,} tokens"),
         "training_state_bytes": ("states in training", format_bytes),
     }

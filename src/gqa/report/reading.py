@@ -6,12 +6,14 @@ Letters: `kv_heads` is a stop of the dial; the parent is the model before conver
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gqa.errors import GqaError
 from gqa.record import Record
+from gqa.report.alternatives import View
 
 Row = Mapping[str, Any]
 
@@ -52,6 +54,17 @@ class Study:
         if strange:
             raise GqaError(f"{strange[0]} KV heads do not divide the {parent['query_heads']} query heads of the record")
         return cls(record, parent, control if isinstance(control, Mapping) else {}, **tables)
+
+    @functools.cached_property
+    def view(self) -> View | None:
+        """What a plan of the model says under other devices, dtypes and contexts; None in a record without it."""
+        plan = self.record.results.get("plan")
+        if not isinstance(plan, Mapping) or not isinstance(plan.get("what_if"), Mapping):
+            return None
+        told = [row["kv_heads"] for row in plan["settings"]]
+        if told != self.stops:
+            raise GqaError("the record's plan has other settings than its study", got=told, allowed=self.stops)
+        return View(Record("plan", plan["inputs"], plan, {}), range(len(told)))
 
     @property
     def name(self) -> str:

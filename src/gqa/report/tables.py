@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from gqa.report.words import NOT_MEASURED
+from gqa.report.forms import NOT_MEASURED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,6 +117,7 @@ class _Study:
             "layers": layers,
             "decode": decode,
             "capacity": rows.capacity(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
+            "plan": rows.planned(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
         }
         inputs = dataclasses.asdict(self.settings) | {
             "model": self.source.name,

@@ -124,6 +124,12 @@ def capacity(shape: ModelShape, stops: Sequence[int], kv_dtype: str, context: in
     return rows
 
 
+def planned(shape: ModelShape, stops: Sequence[int], kv_dtype: str, context: int) -> dict[str, Any]:
+    """The planner's view of the dial under other devices, dtypes and contexts, for the page to choose from."""
+    record = plan(shape, kv_heads=stops, context=context, kv_dtype=kv_dtype, alternatives=True)
+    return {"inputs": record.inputs, **record.results}
+
+
 def parent_facts(shape: ModelShape, name: str, training: Mapping[str, Any]) -> dict[str, Any]:
     """Who the parent is."""
     return {

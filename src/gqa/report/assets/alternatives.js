@@ -34,8 +34,8 @@ document.addEventListener("dial", ({ detail: { view, index, chosen } }) => {
   document.querySelectorAll("#roof-table tbody tr").forEach((row, stop) => {
     const values = view.stops[stop].by[key], cells = row.querySelectorAll("td");
     row.classList.toggle("here", stop === index);
-    cells[0].textContent = values.decode;
-    cells[1].textContent = values.decode_note;
+    cells[0].textContent = values.bound;
+    cells[1].textContent = values.bound_note;
   });
 });
 
@@ -53,7 +53,7 @@ function drawRoof(roof, view, index, device, key) {
   roof.replaceChildren();
   roof.setAttribute("viewBox", `0 0 ${width} ${height}`);
   roof.setAttribute("aria-label", `Roofline of ${device}: ` + view.stops.map((stop) =>
-    `${stop.text}: ${stop.by[key].decode}, ${stop.by[key].decode_note}`).join("; "));
+    `${stop.text}: ${stop.by[key].bound}, ${stop.by[key].bound_note}`).join("; "));
   for (const [share, text] of view.axes.x) {
     add("line", { x1: x(share), x2: x(share), y1: y(0), y2: y(1), class: "grid" });
     add("text", { x: x(share), y: y(0) + 18, class: "tick middle" }, text);
@@ -71,5 +71,5 @@ function drawRoof(roof, view, index, device, key) {
   const [a, b] = view.stops[index].by[key].roof;
   const beyond = x(a) > width - 150;
   add("text", { x: x(a) + (beyond ? -13 : 13), y: y(b) + (beyond ? -12 : 18), class: `tick ${beyond ? "end" : ""} here` },
-    `${view.stops[index].kv_heads} KV heads: ${view.stops[index].by[key].decode}`);
+    `${view.stops[index].kv_heads} KV heads: ${view.stops[index].by[key].bound}`);
 }
