@@ -6,7 +6,7 @@
 Models have random weights and a few layers of a real shape, so that their weights lie in no cache of the processor:
 `llama-N` 4 layers of Llama-3.2-1B's with N KV heads (bf16 and fp32), `mistral` with a sliding window, `qwen3` with norms
 of heads, 8-bit and paged caches. Each is written as a checkpoint with a tokenizer and run by the command, as a user
-would. A cache that is not the bytes that were planned, or a step that beats its bound, ends the run with exit 1.
+would. Rows of other models that are in the record already are kept. A cache that is not the bytes that were planned, or a step that beats its bound, ends the run with exit 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gqa.config import parse_config
 from gqa.plan.decode import decode_bound
 from gqa.plan.engines import Contiguous, Engine, find_engine
 from gqa.plan.kv_dtype import kv_dtype
-from gqa.record import describe_machine
+from gqa.record import describe_machine, read_record
 from gqa.source import open_source
 
 LLAMA = {
@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = describe_machine()
     path = chosen.out or RESULTS / f"{machine['cores']}-core-{slug(str(machine['processor']))}-plan.json"
     device = measure_this_device()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = list(read_record(path).results["plan"]) if path.exists() else []
+    rows = [row for row in rows if row["model"] not in chosen.models]  # measured again
     with tempfile.TemporaryDirectory(prefix="gqa-plan-") as place:
         for name, dtype, cache, tokens in RUNS:
             if name not in chosen.models:

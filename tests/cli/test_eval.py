@@ -62,6 +62,29 @@ def test_mistakes(model, tmp_path):
             run(*arguments)
 
 
+def test_gates_decide_the_exit_code(model):
+    folder, text = model
+    arguments = (folder, "--text", text, "--parent", folder, "--tokens", "320")
+    passed = run(*arguments, "--gate", "perplexity<=1.02*parent", "--gate", "top1_agreement>=100%")
+    assert passed.return_value is None
+    assert passed.stdout.count("passed:") == 2
+    failed = run(*arguments, "--gate", "perplexity<=0.98*parent")
+    assert failed.return_value == 1
+    assert "NOT PASSED: perplexity<=0.98*parent" in failed.stdout
+    document = json.loads(run(*arguments, "--gate", "perplexity<=0.98*parent", "--json").stdout)
+    assert document["results"]["gates"][0]["passed"] is False
+    with pytest.raises(GqaError, match="compares with the parent"):
+        run(folder, "--text", text, "--gate", "kl_to_parent_nats<1")
+
+
+def test_loss_over_the_context(model):
+    folder, text = model
+    shown = run(folder, "--text", text, "--parent", folder, "--tokens", "320", "--positions").stdout
+    assert "by the tokens of context before one" in shown
+    assert "16-31" in shown
+    assert "p = 1" in shown
+
+
 @pytest.mark.parametrize("name", ["eval", "uptrain"])
 def test_help_loads_nothing_heavy(name):
     program = (

@@ -10,7 +10,8 @@ from torch.nn.functional import log_softmax
 from gqa.errors import GqaError
 from gqa.evaluate import evaluate, remember
 from gqa.evaluate.fidelity import window_fidelity
-from gqa.evaluate.perplexity import mean_and_error, perplexity, window_losses
+from gqa.evaluate.perplexity import mean_and_error, paired_p_value, perplexity, token_losses
+from gqa.evaluate.position import by_position
 
 WINDOWS = np.random.default_rng(0).integers(0, 97, (5, 11))
 
@@ -61,7 +62,8 @@ def test_all_figures_against_a_loop_in_float64(model, parent, batch):
         "loss_above_parent_nats": difference.mean(),
         "loss_above_parent_standard_error_nats": difference.std(ddof=1) / math.sqrt(5),
     }
-    assert results.keys() == expected.keys()
+    assert results.keys() == {*expected, "loss_above_parent_p_value"}
+    assert results["loss_above_parent_p_value"] == paired_p_value(torch.tensor(difference))
     for name, value in expected.items():
         assert results[name] == pytest.approx(value, rel=1e-10, abs=1e-12), name
 
@@ -107,18 +109,18 @@ def test_pieces_of_the_log_softmax_do_not_show(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits, parent_logits = (torch.randn(3, 9, 50, generator=generator, dtype=torch.float64) for _ in range(2))
     ids = torch.randint(0, 50, (3, 9), generator=generator)
-    whole = (window_losses(logits, ids), *window_fidelity(logits, parent_logits))
+    whole = (token_losses(logits, ids), *window_fidelity(logits, parent_logits))
     monkeypatch.setattr("gqa.evaluate.perplexity.ROWS", 7)
     monkeypatch.setattr("gqa.evaluate.fidelity.ROWS", 7)
-    pieces = (window_losses(logits, ids), *window_fidelity(logits, parent_logits))
+    pieces = (token_losses(logits, ids), *window_fidelity(logits, parent_logits))
     assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
 
 
 def test_half_precision_logits_are_measured_in_fp32():
     logits = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(1))
-    exact = window_losses(logits.double(), ids)
-    assert (window_losses(logits, ids) - exact).abs().max() < 1e-6
+    exact = token_losses(logits.double(), ids)
+    assert (token_losses(logits, ids) - exact).abs().max() < 1e-6
 
 
 def test_one_window_has_no_standard_error(model):
@@ -146,3 +148,37 @@ def test_a_parent_of_another_vocabulary_is_refused(model):
         evaluate(model, WINDOWS, other)
     with pytest.raises(GqaError, match="batch"):
         evaluate(model, WINDOWS, batch=0)
+
+
+def test_loss_over_position_against_the_loop(model, parent):
+    losses, parent_losses, _, _ = by_hand(model, parent)
+    losses, parent_losses = losses.reshape(5, 10), parent_losses.reshape(5, 10)
+    rows = evaluate(model, WINDOWS, parent, 2, positions=True)["by_position"]
+    assert [(row["context_from"], row["context_to"]) for row in rows] == [(1, 1), (2, 3), (4, 7), (8, 10)]
+    for row in rows:
+        here = slice(row["context_from"] - 1, row["context_to"])
+        own, theirs = losses[:, here].mean(1), parent_losses[:, here].mean(1)
+        assert row["cross_entropy_nats_per_token"] == pytest.approx(own.mean())
+        assert row["standard_error_nats"] == pytest.approx(own.std(ddof=1) / math.sqrt(5))
+        assert row["parent_perplexity"] == pytest.approx(math.exp(theirs.mean()))
+        assert row["loss_above_parent_nats"] == pytest.approx((own - theirs).mean())
+        error = (own - theirs).std(ddof=1) / math.sqrt(5)
+        assert row["loss_above_parent_standard_error_nats"] == pytest.approx(error)
+    weighted = sum(row["cross_entropy_nats_per_token"] * (row["context_to"] - row["context_from"] + 1) for row in rows)
+    assert weighted / 10 == pytest.approx(losses.mean())
+
+
+def test_positions_of_one_predicted_token():
+    assert len(by_position(torch.ones(3, 1))) == 1
+    assert "parent_perplexity" not in by_position(torch.ones(3, 1))[0]
+
+
+def test_the_paired_test_by_enumeration():
+    # Of the 16 choices of signs of 4 differences, count those whose mean is as far from zero.
+    differences = torch.tensor([0.5, 0.1, -0.2, 0.7]).double()
+    means = [abs(sum(d if sign >> k & 1 else -d for k, d in enumerate(differences.tolist()))) for sign in range(16)]
+    exact = sum(mean >= abs(sum(differences.tolist())) - 1e-12 for mean in means) / 16
+    assert paired_p_value(differences) == pytest.approx(exact, abs=0.02)
+    assert paired_p_value(torch.ones(30)) == 1 / 10_000  # all of one sign: only the true choice, and its opposite
+    assert paired_p_value(torch.zeros(5)) == 1
+    assert paired_p_value(torch.ones(1)) is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gqa.cli import output
+from gqa.errors import GqaError
 from gqa.record import Record
 from gqa.units import parse_tokens
 
@@ -21,7 +23,8 @@ _ASSUMPTIONS = (
 _EXAMPLES = """
 gqa eval ./my-gqa-model --text book.txt
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model
-gqa eval ./my-gqa-model --text a.txt --text b.txt --window 1k --tokens 256k --json
+gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model --gate "perplexity<=1.02*parent"
+gqa eval ./my-gqa-model --text a.txt --text b.txt --window 4k --tokens 256k --positions
 """
 
 
@@ -41,6 +44,8 @@ gqa eval ./my-gqa-model --text a.txt --text b.txt --window 1k --tokens 256k --js
 @click.option("--tokens", metavar="N", help="Measure on about N tokens, chosen at random.  [default: all]")
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
+@click.option("--positions", is_flag=True, help="Also show the loss over how much context a token has.")
+@click.option("--gate", "gates", multiple=True, metavar="CONDITION", help="Exit with 1 if it is not met; repeatable.")
 @output.json_option
 def command(
     model: str,
@@ -50,17 +55,24 @@ def command(
     tokens: str | None,
     batch: int,
     seed: int,
+    positions: bool,
+    gates: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Measure the cross-entropy and the perplexity of MODEL on text, and with --parent what it lost.
 
     The loss above the parent is a paired difference: both models read the same windows, so its standard error is far
-    smaller than those of the two perplexities.
+    smaller than those of the two perplexities. A gate is a condition such as "perplexity<=1.02*parent" or
+    "top1_agreement>=95%".
     """
     from gqa.config import parse_config
+    from gqa.evaluate.gate import parse_gate
     from gqa.source import open_checkpoint
     from gqa.text import load_tokenizer, read_text, token_windows
 
+    conditions = [parse_gate(text) for text in gates]
+    if parent is None and (unmet := [gate.text for gate in conditions if gate.needs_parent]):
+        raise GqaError("a gate compares with the parent", got=unmet[0], hint="--parent MODEL")
     source = open_checkpoint(model)
     parent_source = open_checkpoint(parent) if parent else None
     context = parse_config(source.config, source.name).context or _WINDOW
@@ -75,7 +87,10 @@ def command(
     loaded = load_model(source.folder)
     loaded_parent = load_model(parent_source.folder) if parent_source and parent_source.folder else None
     with output.progress() as progress:
-        results = evaluate(loaded, windows, loaded_parent, batch, progress)
+        results = evaluate(loaded, windows, loaded_parent, batch, progress, positions=positions)
+    checks = [gate.check(results) for gate in conditions]
+    if checks:
+        results["gates"] = checks
     if length > context:
         output.note(f"note: the windows are longer than the model's context of {context} tokens")
     if as_json:
@@ -87,11 +102,14 @@ def command(
             "tokens": count and count * length,
             "batch": batch,
             "seed": seed,
+            "gates": list(gates),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
         output.record(Record("eval", inputs, results, dict.fromkeys(results, "measured"), _ASSUMPTIONS))
     else:
         _print(results, source.name)
+    if not all(check["passed"] for check in checks):
+        click.get_current_context().exit(1)
 
 
 def _print(results: dict[str, Any], name: str) -> None:
@@ -128,7 +146,30 @@ def _print(results: dict[str, Any], name: str) -> None:
             },
         ]
     output.table(rows, title=title)
+    p = results.get("loss_above_parent_p_value")
+    if p is not None:
+        told = "is told from chance" if p <= 0.05 else "is not told from chance"
+        output.data(f"the difference from the parent {told}: p = {p:.2g}, a sign-flip test over windows")
+    if "by_position" in results:
+        output.table([_position(row) for row in results["by_position"]], title="\nby the tokens of context before one")
+    for check in results.get("gates", ()):
+        word = "passed" if check["passed"] else "NOT PASSED"
+        output.data(f"{word}: {check['gate']} ({check['value']:.4g} against {check['against']:.4g})")
     output.data("standard errors are over windows; text that the model was trained on flatters it")
+
+
+def _position(row: Mapping[str, Any]) -> dict[str, str]:
+    first, last = row["context_from"], row["context_to"]
+    shown = {
+        "context": f"{first:,}" if first == last else f"{first:,}-{last:,}",
+        "perplexity": f"{row['perplexity']:.3f}",
+        "standard error of the loss": _error(row["standard_error_nats"]),
+    }
+    if "loss_above_parent_nats" in row:
+        shown["perplexity of the parent"] = f"{row['parent_perplexity']:.3f}"
+        shown["loss above the parent's"] = f"{row['loss_above_parent_nats']:+.4f}"
+        shown["standard error"] = _error(row["loss_above_parent_standard_error_nats"])
+    return shown
 
 
 def _error(value: float | None) -> str:

@@ -5,7 +5,9 @@ Letters: H KV heads, G queries per KV head, H*G query heads, D head dim of q and
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -131,6 +133,11 @@ class ModelShape:
     def attention(self) -> tuple[LayerShape, ...]:
         """The layers that have attention heads."""
         return tuple(layer for layer in self.layers if layer.query_heads)
+
+    @functools.cached_property
+    def counted_layers(self) -> tuple[tuple[LayerShape, int], ...]:
+        """Each different layer once, and how many there are of it: most models have one or two."""
+        return tuple(collections.Counter(self.layers).items())
 
     @property
     def query_heads(self) -> int:

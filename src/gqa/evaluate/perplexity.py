@@ -13,11 +13,11 @@ from gqa.errors import GqaError
 ROWS = 1024  # predictions per piece: a log-softmax in fp32 over a vocabulary of 128k takes 0.5 GiB for these
 
 
-def window_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each window, in nats per predicted token.
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each predicted token, in nats.
 
-    `loss_b = -1/(T-1) * sum_t log softmax(logits[b, t])[ids[b, t+1]]`; the first token of a window is context only.
-    logits (B, T, V), ids (B, T) -> (B,) float64. The log-softmax is taken in fp32, or in the logits' own fp64.
+    `loss_bt = -log softmax(logits[b, t])[ids[b, t+1]]`; the first token of a window is context only.
+    logits (B, T, V), ids (B, T) -> (B, T - 1) float64. The log-softmax is taken in fp32, or in the logits' own fp64.
     """
     B, T = ids.shape
     targets = ids[:, 1:].reshape(-1, 1)
@@ -26,7 +26,7 @@ def window_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         -log_softmax(piece).gather(1, target).squeeze(1).double()
         for piece, target in zip(rows.split(ROWS), targets.split(ROWS), strict=True)
     ]
-    return torch.cat(losses).reshape(B, T - 1).mean(1)
+    return torch.cat(losses).reshape(B, T - 1)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,23 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
     count = len(values)
     error = values.std().item() / math.sqrt(count) if count > 1 else None
     return values.mean().item(), error
+
+
+def paired_p_value(differences: torch.Tensor, flips: int = 9999) -> float | None:
+    """How likely a mean difference this far from zero is, if neither of a pair were the better one; None for one pair.
+
+    A sign-flip test: under that assumption every difference may as well have the other sign. The share of random
+    choices of signs whose mean is as far from zero, the true one included; seeded. differences (N,).
+    """
+    if len(differences) < 2:
+        return None
+    values = differences.double().cpu()
+    generator = torch.Generator().manual_seed(0)
+    as_far, size = 1, values.mean().abs() * (1 - 1e-12)
+    for piece in torch.randint(0, 2, (flips, len(values)), generator=generator, dtype=torch.int8).split(1024):
+        signs = 1 - 2 * piece.double()
+        as_far += int(((signs @ values / len(values)).abs() >= size).sum())
+    return as_far / (flips + 1)
 
 
 def perplexity(nats_per_token: float) -> float:

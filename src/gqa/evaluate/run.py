@@ -12,7 +12,8 @@ import torch
 
 from gqa.errors import GqaError
 from gqa.evaluate.fidelity import window_fidelity
-from gqa.evaluate.perplexity import check_windows, mean_and_error, perplexity, window_losses
+from gqa.evaluate.perplexity import check_windows, mean_and_error, paired_p_value, perplexity, token_losses
+from gqa.evaluate.position import by_position
 from gqa.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def evaluate(
     parent: PreTrainedModel | ParentLogits | None = None,
     batch: int = 8,
     progress: Progress = silent,
+    *,
+    positions: bool = False,
 ) -> dict[str, Any]:
     """Measure a loaded model on windows of token ids (N, T).
 
@@ -41,7 +44,9 @@ def evaluate(
     perplexity; with a parent also kl_to_parent_nats (mean KL(parent || model) per token) and its standard error,
     top1_agreement (share of positions where both rank the same token first), parent_cross_entropy_nats_per_token,
     parent_perplexity, loss_above_parent_nats and its standard error. That difference is paired, window by window, so
-    its error is much smaller than those of the two cross-entropies. All standard errors are over windows.
+    its error is much smaller than those of the two cross-entropies; loss_above_parent_p_value is that of a sign-flip
+    test of it. All standard errors are over windows. positions: also by_position, the figures over the context that a
+    token has before it, as `gqa.evaluate.position.by_position` gives them.
 
     Raises GqaError for ids outside a vocabulary and for a parent of another vocabulary.
     """
@@ -56,7 +61,7 @@ def evaluate(
             piece = ids[start : start + batch]
             logits = _logits(model, piece)
             here = piece.to(logits.device)
-            losses.append(window_losses(logits, here).cpu())
+            losses.append(token_losses(logits, here).cpu())
             if parent is not None:
                 parent_logits = _parent_logits(parent, piece, start).to(logits.device)
                 if parent_logits.shape != logits.shape:
@@ -66,12 +71,13 @@ def evaluate(
                         allowed=f"{logits.shape[-1]} entries",
                     )
                 kl, same = window_fidelity(logits, parent_logits)
-                parent_losses.append(window_losses(parent_logits, here).cpu())
+                parent_losses.append(token_losses(parent_logits, here).cpu())
                 kls.append(kl.cpu())
                 agreements.append(same.cpu())
             progress("evaluating", min(start + batch, len(ids)), len(ids))
 
-    loss = torch.cat(losses)
+    of_tokens = torch.cat(losses)
+    loss = of_tokens.mean(1)
     mean, error = mean_and_error(loss)
     results: dict[str, Any] = {
         "windows": len(ids),
@@ -81,7 +87,7 @@ def evaluate(
         "perplexity": perplexity(mean),
     }
     if parent is not None:
-        parent_loss = torch.cat(parent_losses)
+        parent_loss = torch.cat(parent_losses).mean(1)
         parent_mean = parent_loss.mean().item()
         results["parent_cross_entropy_nats_per_token"] = parent_mean
         results["parent_perplexity"] = perplexity(parent_mean)
@@ -90,6 +96,9 @@ def evaluate(
         difference, difference_error = mean_and_error(loss - parent_loss)
         results["loss_above_parent_nats"] = difference
         results["loss_above_parent_standard_error_nats"] = difference_error
+        results["loss_above_parent_p_value"] = paired_p_value(loss - parent_loss)
+    if positions:
+        results["by_position"] = by_position(of_tokens, torch.cat(parent_losses) if parent is not None else None)
     return results
 
 

@@ -61,18 +61,18 @@ def state_bytes(shape: ModelShape, dtype: KvDtype) -> int:
     """Bytes that the layers with a constant state keep for one request: sum of channels * taps * bytes + recurrent * 4.
 
     No cache's quantisation applies to them: a convolution's inputs take two bytes at least."""
-    states = [layer.state for layer in shape.layers if layer.state is not None]
-    return sum(s.channels * s.taps * dtype.state_element_bytes + s.recurrent * FP32_BYTES for s in states)
+    states = [(layer.state, count) for layer, count in shape.counted_layers if layer.state is not None]
+    return sum(n * (s.channels * s.taps * dtype.state_element_bytes + s.recurrent * FP32_BYTES) for s, n in states)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: KvDtype) -> int:
     """Bytes that one token of one request writes, over all layers: sum of H * (D + Dv) * bytes, and scales."""
-    return sum(row_bytes(layer, dtype) for layer in shape.layers)
+    return sum(count * row_bytes(layer, dtype) for layer, count in shape.counted_layers)
 
 
 def kv_bytes(shape: ModelShape, context: int, batch: int, dtype: KvDtype) -> int:
     """Bytes that B requests of S tokens keep: B * (sum of min(S, window) * H * (D + Dv) * bytes + constant states)."""
-    kept = sum(kept_tokens(layer, context) * row_bytes(layer, dtype) for layer in shape.layers)
+    kept = sum(n * kept_tokens(layer, context) * row_bytes(layer, dtype) for layer, n in shape.counted_layers)
     return batch * (kept + state_bytes(shape, dtype))
 
 

@@ -79,8 +79,8 @@ def decode_kv_traffic(shape: ModelShape, context: int, batch: int, kv: KvDtype) 
     """Bytes of cache that one token for each of B requests moves: the cache read once, constant states read and
     written; of latent rows with an indexer, only those it selects."""
     unread = sum(
-        max(0, context - layer.index_topk) * kv.bytes_of(layer.head_dim, 1)
-        for layer in shape.layers
+        count * max(0, context - layer.index_topk) * kv.bytes_of(layer.head_dim, 1)
+        for layer, count in shape.counted_layers
         if layer.index_topk and not layer.shares_cache
     )
     return batch * (kv_bytes(shape, context, 1, kv) - unread + state_bytes(shape, kv))

@@ -43,7 +43,7 @@ def attention_core_flops(shape: ModelShape, context: int, batch: int) -> int:
     absorbed form, in which each query head works on the latent itself, and only on the tokens that an indexer selects;
     the indexer's own work is not counted. A recurrent state takes 4 FLOPs per number: updated, and read by the query.
     """
-    return batch * sum(_core(layer, _seen(layer, context)) for layer in shape.layers)
+    return batch * sum(count * _core(layer, _seen(layer, context)) for layer, count in shape.counted_layers)
 
 
 def prefill_core_flops(shape: ModelShape, tokens: int) -> int:
@@ -53,13 +53,11 @@ def prefill_core_flops(shape: ModelShape, tokens: int) -> int:
     """
     expanded = shape.latent
     total = 0
-    for layer in shape.layers:
-        pairs = _pairs(layer, tokens)
+    for layer, count in shape.counted_layers:
+        dims = layer.head_dim + layer.v_head_dim
         if layer.kind == "mla" and expanded is not None:
-            total += 2 * layer.query_heads * (expanded.nope_dim + expanded.rope_dim + expanded.v_dim) * pairs
-        else:
-            total += 2 * layer.query_heads * (layer.head_dim + layer.v_head_dim) * pairs
-        total += _recurrence(layer) * tokens
+            dims = expanded.nope_dim + expanded.rope_dim + expanded.v_dim
+        total += count * (2 * layer.query_heads * dims * _pairs(layer, tokens) + _recurrence(layer) * tokens)
     return total
 
 

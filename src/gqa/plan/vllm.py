@@ -151,10 +151,10 @@ def _kinds(shape: ModelShape, kv: KvDtype) -> Counter[_Kind]:
     """The kinds of layers that keep anything, and how many there are of each; a layer with attention and a state
     counts as two."""
     found: Counter[_Kind] = Counter()
-    for layer in shape.layers:
+    for layer, count in shape.counted_layers:
         if row := served_row_bytes(layer, kv):
-            found[_Kind(row, layer.window, layer.kind == "chunked", 0)] += 1
+            found[_Kind(row, layer.window, layer.kind == "chunked", 0)] += count
         if s := layer.state:
             recurrent = s.recurrent * (FP32_BYTES if s.fp32 else 2)
-            found[_Kind(0, None, False, 2 * s.channels * max(0, s.taps - 1) + recurrent)] += 1
+            found[_Kind(0, None, False, 2 * s.channels * max(0, s.taps - 1) + recurrent)] += count
     return found
