@@ -4,9 +4,10 @@
     python benchmarks/plan.py --models llama-32  one of them
 
 Models have random weights and a few layers of a real shape, so that their weights lie in no cache of the processor:
-`llama-N` 4 layers of Llama-3.2-1B's with N KV heads (bf16 and fp32), `mistral` with a sliding window, `qwen3` with norms
-of heads, 8-bit and paged caches. Each is written as a checkpoint with a tokenizer and run by the command, as a user
-would. Rows of other models that are in the record already are kept. A cache that is not the bytes that were planned, or a step that beats its bound, ends the run with exit 1.
+`llama-N` 4 layers of Llama-3.2-1B's with N KV heads (bf16 and fp32), `mistral` with a sliding window, `qwen3` with
+norms of heads, 8-bit and paged caches. Each is written as a checkpoint with a tokenizer and run by the command, as a
+user would. A cache that is not the bytes that were planned, or a step that beats its bound, ends the run with exit 1.
+Rows of other models that are in the record already are kept.
 """
 
 from __future__ import annotations
