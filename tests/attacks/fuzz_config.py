@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """Coverage-guided fuzzing of the config parser and the planner, by hand:
 
-    pip install atheris && python tests/attacks/fuzz_config.py -max_total_time=600
+    pip install atheris && python tests/attacks/fuzz_config.py -max_total_time=600 -max_len=512 -len_control=0
 
 Bytes are taken as a config.json, or as edits to one of a known model type. Only GqaError may come out.
 """

@@ -33,8 +33,8 @@ def test_every_stop_and_choice_shows_the_records_figures(open_page, device: str,
         assert shown(page, "cache") == format_bytes(cache["kv_bytes_per_token"])
         assert shown(page, "cache_note").startswith(f"{format_bytes(cache['kv_bytes'])} for 8 requests")
         assert shown(page, "requests") == f"{row['max_concurrent_requests']:,}"
-        assert shown(page, "decode") == format_seconds(row["decode_seconds_bound"])
-        assert shown(page, "decode_note") == f"held by {row['decode_limit']}, for 8 requests"
+        assert shown(page, "bound") == format_seconds(row["decode_seconds_bound"])
+        assert shown(page, "bound_note") == f"held by {row['decode_limit']}, for 8 requests"
         assert shown(page, "quality") == ("its own" if kv_heads == 8 else "not measured")
         assert page.locator(".heat tr.here th").inner_text().split()[0] == str(kv_heads)
         assert page.locator("#kv-heads").get_attribute("aria-valuetext").startswith(f"{kv_heads} KV head")
@@ -87,7 +87,7 @@ def test_roofline_points_lie_on_the_roof_of_the_device(open_page) -> None:
     assert len(drawn) == len(STOPS)
     assert max(drawn) < 1.5
     label = page.locator("#roof text.here").text_content()
-    assert label == f"8 KV heads: {shown(page, 'decode')}"
+    assert label == f"8 KV heads: {shown(page, 'bound')}"
 
 
 def test_choices_by_keyboard_are_kept_in_the_address(open_page) -> None:
@@ -141,7 +141,7 @@ def test_page_gives_its_record_back_and_is_small(open_page, pages) -> None:
 def test_what_is_unknown_is_said(open_page) -> None:
     page = open_page("plan-unknown")
     assert shown(page, "requests") == "unknown"
-    assert shown(page, "decode") == "unknown"
+    assert shown(page, "bound") == "unknown"
     assert page.locator("#roofline").count() == 0
     assert page.locator("#work").count() == 0
 

@@ -85,6 +85,20 @@ def test_loss_over_the_context(model):
     assert "p = 1" in shown
 
 
+def test_recall(model):
+    folder, text = model
+    arguments = (folder, "--text", text, "--parent", folder, "--recall", "passkey,hops", "--lengths", "64,128")
+    shown = run(*arguments, "--samples", "3").stdout
+    assert "recall of what is hidden in the text" in shown
+    rows = json.loads(run(*arguments, "--samples", "3", "--depths", "0,50%", "--json").stdout)["results"]["recall"]
+    assert [(row["task"], row["context_tokens"], row["depth"]) for row in rows] == [
+        (task, length, depth) for task in ("passkey", "hops") for length in (64, 128) for depth in (0, 0.5)
+    ]
+    assert all(row["parent_nats_per_answer_token"] == row["nats_per_answer_token"] for row in rows)
+    with pytest.raises(GqaError, match="recall task is not known"):
+        run(folder, "--text", text, "--recall", "needles")
+
+
 @pytest.mark.parametrize("name", ["eval", "uptrain"])
 def test_help_loads_nothing_heavy(name):
     program = (

@@ -70,6 +70,32 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
             },
             *(_quality(n, heads, method, stage) for (stage, method) in REMAINS for n in stops[1:]),
         ],
+        "gradients": [
+            {
+                "weights": weights,
+                "projection": projection,
+                "queries_per_kv_head": heads // n,
+                "norm_ratio": (heads / n) ** power,
+                "norm_ratio_low": 0.95 * (heads / n) ** power,
+                "norm_ratio_high": 1.05 * (heads / n) ** power,
+            }
+            for weights, projection, power in (
+                *(("random", "k", 0.51), ("random", "v", 0.5)),
+                *(("trained", "k", 0.4), ("trained", "v", 0.7)),
+            )
+            for n in stops
+        ],
+        "gradient_exponents": [
+            {
+                "weights": weights,
+                "projection": "k",
+                "exponent": exponent,
+                "exponent_low": exponent - 0.02,
+                "exponent_high": exponent + 0.02,
+                "samples": 100,
+            }
+            for weights, exponent in (("random", 0.51), ("trained", 0.4))
+        ],
         "layers": [
             {
                 "kv_heads": n,

@@ -95,7 +95,7 @@ def test_holds_its_record_unchanged(page: str) -> None:
 
 def test_every_drawing_is_well_formed(page: str) -> None:
     drawings = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 9
+    assert len(drawings) == 11
     for drawing in drawings:
         ElementTree.fromstring(drawing.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
 

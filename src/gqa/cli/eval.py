@@ -11,7 +11,7 @@ import click
 from gqa.cli import output
 from gqa.errors import GqaError
 from gqa.record import Record
-from gqa.units import parse_tokens
+from gqa.units import parse_share, parse_tokens
 
 _WINDOW = 256
 
@@ -25,6 +25,7 @@ gqa eval ./my-gqa-model --text book.txt
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model --gate "perplexity<=1.02*parent"
 gqa eval ./my-gqa-model --text a.txt --text b.txt --window 4k --tokens 256k --positions
+gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model --recall passkey,hops --lengths 1k,4k
 """
 
 
@@ -45,6 +46,10 @@ gqa eval ./my-gqa-model --text a.txt --text b.txt --window 4k --tokens 256k --po
 @click.option("--batch", type=int, default=8, show_default=True, help="Windows at a time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
 @click.option("--positions", is_flag=True, help="Also show the loss over how much context a token has.")
+@click.option("--recall", metavar="TASKS", help="Also hide facts in the text and ask for them: passkey, hops.")
+@click.option("--lengths", metavar="TOKENS,...", help="Contexts for --recall.  [default: the window]")
+@click.option("--depths", metavar="SHARE,...", default="0,0.5,1", show_default=True, help="Where in them.")
+@click.option("--samples", type=int, default=32, show_default=True, help="Items of each task, length and depth.")
 @click.option("--gate", "gates", multiple=True, metavar="CONDITION", help="Exit with 1 if it is not met; repeatable.")
 @output.json_option
 def command(
@@ -56,6 +61,10 @@ def command(
     batch: int,
     seed: int,
     positions: bool,
+    recall: str | None,
+    lengths: str | None,
+    depths: str,
+    samples: int,
     gates: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -80,14 +89,31 @@ def command(
     text = read_text(texts)
     assert source.folder is not None
     count = max(1, parse_tokens(tokens) // length) if tokens else None
-    windows = token_windows(text, load_tokenizer(source.folder), length, count, seed)
+    tokenizer = load_tokenizer(source.folder)
+    windows = token_windows(text, tokenizer, length, count, seed)
+    contexts = [parse_tokens(part) for part in lengths.split(",")] if lengths else [length]
+    places = [parse_share(part) for part in depths.split(",")]
 
     from gqa.evaluate import evaluate, load_model
+    from gqa.evaluate.recall import recall as measure_recall
 
     loaded = load_model(source.folder)
     loaded_parent = load_model(parent_source.folder) if parent_source and parent_source.folder else None
     with output.progress() as progress:
         results = evaluate(loaded, windows, loaded_parent, batch, progress, positions=positions)
+        if recall is not None:
+            results["recall"] = measure_recall(
+                loaded,
+                tokenizer,
+                windows.reshape(-1),
+                tasks=[task.strip() for task in recall.split(",")],
+                lengths=contexts,
+                depths=places,
+                samples=samples,
+                seed=seed,
+                parent=loaded_parent,
+                progress=progress,
+            )
     checks = [gate.check(results) for gate in conditions]
     if checks:
         results["gates"] = checks
@@ -102,6 +128,10 @@ def command(
             "tokens": count and count * length,
             "batch": batch,
             "seed": seed,
+            "recall": recall,
+            "lengths": contexts if recall else None,
+            "depths": places if recall else None,
+            "samples": samples if recall else None,
             "gates": list(gates),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
@@ -152,6 +182,8 @@ def _print(results: dict[str, Any], name: str) -> None:
         output.data(f"the difference from the parent {told}: p = {p:.2g}, a sign-flip test over windows")
     if "by_position" in results:
         output.table([_position(row) for row in results["by_position"]], title="\nby the tokens of context before one")
+    if "recall" in results:
+        output.table([_recall(row) for row in results["recall"]], title="\nrecall of what is hidden in the text")
     for check in results.get("gates", ()):
         word = "passed" if check["passed"] else "NOT PASSED"
         output.data(f"{word}: {check['gate']} ({check['value']:.4g} against {check['against']:.4g})")
@@ -169,6 +201,22 @@ def _position(row: Mapping[str, Any]) -> dict[str, str]:
         shown["perplexity of the parent"] = f"{row['parent_perplexity']:.3f}"
         shown["loss above the parent's"] = f"{row['loss_above_parent_nats']:+.4f}"
         shown["standard error"] = _error(row["loss_above_parent_standard_error_nats"])
+    return shown
+
+
+def _recall(row: Mapping[str, Any]) -> dict[str, str]:
+    shown = {
+        "task": row["task"],
+        "context": f"{row['context_tokens']:,}",
+        "depth": f"{row['depth']:.0%}",
+        "right": f"{row['accuracy']:.0%} ± {row['accuracy_standard_error']:.0%}",
+        "nats per token of the answer": f"{row['nats_per_answer_token']:.3f}",
+        "without the fact": f"{row['nats_without']:.3f}",
+    }
+    if "parent_accuracy" in row:
+        shown["the parent: right"] = f"{row['parent_accuracy']:.0%}"
+        shown["nats"] = f"{row['parent_nats_per_answer_token']:.3f}"
+        shown["p of the difference"] = _error(row["p_value"])
     return shown
 
 

@@ -388,4 +388,14 @@ def recovered(study: Mapping[str, Any]) -> str | None:
     return f"perplexity against the parent trained on for as long, by KV heads: {', '.join(told)}" if told else None
 
 
+def grown(study: Mapping[str, Any]) -> str | None:
+    """The exponent of G; sqrt(G) is 1/2."""
+    told = [
+        f"{row['exponent']:.2f} ({row['exponent_low']:.2f} to {row['exponent_high']:.2f}) for W_{row['projection']}"
+        f" at {row['weights']} weights"
+        for row in study.get("gradient_exponents") or ()
+    ]
+    return f"norm ~ G^e, sqrt(G) being e = 0.50: e = {', '.join(told)}; 95 % intervals" if told else None
+
+
 STUDY = "gqa study measures it: give its record (--study study.json)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gqa.report import axes, forms, words
 from gqa.report.bars import Bar, bars
@@ -40,6 +41,56 @@ def saving_figures(study: Study) -> list[Figure]:
 def cost_figures(study: Study) -> list[Figure]:
     """What they cost: perplexity, the share of mean pooling's loss, the error of each layer."""
     return [figure for figure in (_quality(study), _share(study), _layers(study)) if figure]
+
+
+def gradient_figures(study: Study) -> list[Figure]:
+    """How gradients grow with the query heads that share a KV head."""
+    rows = [row for row in study.record.results.get("gradients") or () if positive(row, "norm_ratio")]
+    panels = []
+    for weights, heading in (("random", "random weights"), ("trained", "the parent and its children")):
+        drawn = [row for row in rows if row["weights"] == weights]
+        if len({row["queries_per_kv_head"] for row in drawn}) > 1:
+            panels.append((heading, _growth(drawn)))
+    if not panels:
+        return []
+    told = [
+        f"{row['exponent']:.2f} ± {(row['exponent_high'] - row['exponent_low']) / 2:.2f} for W_{row['projection']}"
+        f" ({row['weights']})"
+        for row in study.record.results.get("gradient_exponents") or ()
+    ]
+    columns = {
+        "weights": ("weights", str),
+        "projection": ("of W_", str),
+        "queries_per_kv_head": ("query heads per KV head", forms.whole),
+        "norm_ratio": ("norm of the gradient, of that at the left", forms.significant),
+        "norm_ratio_low": ("from", forms.significant),
+        "norm_ratio_high": ("to", forms.significant),
+    }
+    caption = (
+        "Norm of the gradient of a KV head's rows times the norm of these rows (so that scaling K up and Q down changes"
+        " nothing), against how many query heads share it; bars are 95 % intervals. If their contributions were"
+        " independent and alike it would grow as the grey line, sqrt(G)."
+    )
+    if told:
+        caption += f" Exponents: {', '.join(told)}; sqrt(G) is 0.50."
+    title = "The more query heads share a KV head, the larger its gradient"
+    return [Figure("gradients", title, caption, panels, {"Growth of gradients": rows_table(columns, rows)})]
+
+
+def _growth(rows: Sequence[Mapping[str, Any]]) -> str:
+    shared = sorted({row["queries_per_kv_head"] for row in rows})
+    series = []
+    for projection, color, shape in (("k", "var(--svd)", "circle"), ("v", "var(--mean)", "square")):
+        own = [row for row in rows if row["projection"] == projection]
+        points_of = [(row["queries_per_kv_head"], row["norm_ratio"]) for row in own]
+        spreads = [(row["queries_per_kv_head"], row["norm_ratio_low"], row["norm_ratio_high"]) for row in own]
+        series.append(Series(f"W_{projection}", color, shape, points=points_of, spreads=spreads))
+    root = [(n, (n / shared[0]) ** 0.5) for n in shared]
+    series.append(Series("sqrt(G)", "var(--ink-soft)", "cross", path=root))
+    values = [value for row in rows for value in (row["norm_ratio_low"], row["norm_ratio_high"])]
+    across = axes.powers("query heads that share a KV head", shared, lambda n: f"{n:g}")
+    up = axes.powers("norm of the gradient", [1.0, *values, root[-1][1]], lambda n: f"{n:g}×")
+    return panel(across, up, series)
 
 
 def _memory(study: Study) -> Figure | None:

@@ -23,6 +23,7 @@ def render(record: Record) -> str:
     saves, costs = figures.saving_figures(study), figures.cost_figures(study)
     sections = section("saves", "What fewer KV heads save", "", figures_html(saves))
     sections += section("costs", "What they cost", _methods(study), figures_html(costs))
+    sections += section("learning", "What it does to learning", "", figures_html(figures.gradient_figures(study)))
     return Template(asset("page.html")).substitute(
         title=escape(f"GQA study: {study.name}"),
         name=escape(study.name),

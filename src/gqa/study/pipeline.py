@@ -77,6 +77,9 @@ def run(
     return record
 
 
+_GRADIENT_WINDOWS = 32  # of test text
+
+
 class _Study:
     def __init__(
         self, source: Source, shape: ModelShape, text: StudyText, out: Path, settings: Settings, progress: Progress
@@ -90,7 +93,7 @@ class _Study:
         window = text.train.shape[1]
         self.uptrain = text.train[: max(1, settings.uptrain_tokens // window)] if settings.uptrain_tokens else None
         stages = 2 if self.uptrain is not None else 1
-        total = 2 + (stages - 1) + len(settings.kv_heads) * len(METHODS) * (1 + stages)
+        total = 3 + (stages - 1) + len(settings.kv_heads) * len(METHODS) * (1 + stages)
         self.steps = Steps(out, self._identity(), total, progress)
         self._parent_logits: Any = None  # computed once for all children
 
@@ -108,6 +111,7 @@ class _Study:
                     quality.append(rows.quality(kv_heads, method, stage, figures, parent, seconds))
         rows.share_losses(quality)
         decode = self.steps.do("decode", self._decode)["rows"]
+        gradients = self.steps.do("gradients", self._gradients)
         stops = (self.shape.kv_heads, *self.settings.kv_heads)
         results = {
             "parent": rows.parent_facts(self.shape, self.source.name, training) | rows.scores(parent),
@@ -116,6 +120,7 @@ class _Study:
             "quality": quality,
             "layers": layers,
             "decode": decode,
+            **gradients,
             "capacity": rows.capacity(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
             "plan": rows.planned(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
         }
@@ -143,6 +148,8 @@ class _Study:
             f"Quality is measured on {self.test.size:,} tokens of test text in windows of {self.test.shape[1]}; "
             "no test text was seen in training, calibration or uptraining. Standard errors are over windows.",
             f"Calibration and refinement look at {self.calibration.size:,} tokens, without labels.",
+            "Growth of gradients: norm of a KV head's rows of W_k or W_v, by how many query heads share it, at random "
+            f"weights over seeds, in models right after conversion over {_GRADIENT_WINDOWS} windows; 95 % intervals.",
             "Decoding is timed at batch 1 with a cache filled with random keys and values; contexts may be longer than "
             "the model was trained for, which changes the text but not the time.",
             f"Capacity is arithmetic: 90 % of the device's memory, minus the weights, for a {self._kv_dtype} cache.",
@@ -238,6 +245,14 @@ class _Study:
                 row = {"kv_heads": kv_heads, "context_tokens": context, "cache_bytes_predicted": predicted}
                 timed.append(row | measured)
         return {"rows": timed}
+
+    def _gradients(self) -> dict[str, Any]:
+        """How gradients grow with the query heads that share a KV head: random weights, the parent, its children."""
+        from gqa.study.gradients import measure
+
+        folders = {self.shape.query_heads // self.shape.kv_heads: self.parent}
+        folders |= {self.shape.query_heads // n: self._folder(n, BEST) for n in self.settings.kv_heads}
+        return measure(folders, self.test[:_GRADIENT_WINDOWS])
 
     @property
     def _uptrain(self) -> np.ndarray:

@@ -30,6 +30,8 @@ _MEASURED = (
     "seconds_per_token_p20",
     "seconds_per_token_p50",
     "seconds_per_token_p80",
+    "norm_ratio",
+    "exponent",
 )
 _PREDICTED = (
     "kv_bytes_per_token",
