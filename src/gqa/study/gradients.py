@@ -2,8 +2,8 @@
 
 Every query head of a group sends a gradient into the group's K and V. If these were independent and alike, the norm of
 their sum would grow as sqrt(G); if they agreed, as G. Measured at random weights and on trained models, as the norm of
-a head's gradient times the norm of its weights: K may be scaled up and Q down, and V up and W_o down, without any effect
-on what a model does, and conversions do; the product does not change with it.
+a head's gradient times the norm of its weights: K may be scaled up and Q down, V up and W_o down, without any effect on
+what a model does, and conversions do; the product does not change with it.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class _Study:
             f"Quality is measured on {self.test.size:,} tokens of test text in windows of {self.test.shape[1]}; "
             "no test text was seen in training, calibration or uptraining. Standard errors are over windows.",
             f"Calibration and refinement look at {self.calibration.size:,} tokens, without labels.",
-            "Growth of gradients: norm of a KV head's rows of W_k or W_v, by how many query heads share it, at random "
+            "Growth of gradients: norm of a KV head's rows of W_k or W_v times that of the weights, at random "
             f"weights over seeds, in models right after conversion over {_GRADIENT_WINDOWS} windows; 95 % intervals.",
             "Decoding is timed at batch 1 with a cache filled with random keys and values; contexts may be longer than "
             "the model was trained for, which changes the text but not the time.",
