@@ -36,14 +36,14 @@ class Device:
 
     @staticmethod
     def described(base: Device | None, memory: int | None, bandwidth: float | None, flops: float | None) -> Device:
-        """`base` with the figures that are given; without a base all three are needed, but for the rate of matrix
-        multiplication, without which nothing is held to be bound by compute."""
-        if base is None and (memory is None or bandwidth is None):
+        """`base` with the figures that are given. Without a base memory is needed; where no bandwidth is told there
+        are no bounds, and without a rate of matrix multiplication none is held to be one of compute."""
+        if base is None and memory is None:
             raise GqaError(
-                "a device that is not in the list needs its memory and its bandwidth",
-                hint="--memory 24GiB --bandwidth 936GB/s --flops 71TFLOP/s",
+                "a device that is not in the list needs its memory",
+                hint="--memory 24GiB, for bounds also --bandwidth 936GB/s --flops 71TFLOP/s",
             )
-        plain = base or Device("the device described", 0, "", 0.0, math.inf, "not told", {})
+        plain = base or Device("the device described", 0, "", math.inf, math.inf, "not told", {})
         given: dict[str, Any] = {}
         if memory is not None:
             given |= {"memory_bytes": memory, "memory_basis": f"{format_bytes(memory)}, as given"}

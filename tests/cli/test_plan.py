@@ -215,3 +215,20 @@ def test_planning_loads_no_torch_and_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy set()"
+
+
+def test_a_log_is_asked_for_by_hand(plan):
+    # vLLM issue 10517: 3.81 GiB for the cache hold 1950 blocks of 2 MiB, if it is 3.81 and no digit more; 1.56x.
+    code, out, _ = plan("llama-3.1-8b", "--kv-heads", "8", "--engine", "vllm@0.6", "--cache-memory", "3.81GiB",
+                        "--context", "20000")  # fmt: skip
+    assert code == 0
+    assert "1,950 blocks of 16, 31,200 tokens, 1.56x 20,000" in out
+    # The same from the card's memory: 39.50 GiB * 0.9 - 14.96 - 9.47 GiB (vLLM issue 12330); no bandwidth, no bounds.
+    code, out, _ = plan("llama-3-8b", "--kv-heads", "8", "--engine", "vllm@0.6", "--memory", "39.50GiB",
+                        "--weights", "14.96GiB", "--reserve", "9.47GiB", "--context", "8192")  # fmt: skip
+    assert code == 0
+    assert "11.12 GiB for the cache, 5,693 blocks of 16" in out
+    assert "No bandwidth is told" in out
+    code, _, err = plan("llama-3-8b", "--bandwidth", "100GB/s")
+    assert code == 2
+    assert "needs its memory" in err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gqa.cli import output
@@ -25,6 +25,8 @@ def show(record: Record, *, details: bool) -> None:
     output.table([_memory(setting, bool(device), fits) for setting in settings])
     if any(setting["is_current"] for setting in settings):
         output.data("* the model as it is")
+    if fits and inputs["engine"] != "contiguous":
+        _pools(settings, inputs["engine"], inputs["context"])
     if details:
         output.table([_work(setting) for setting in settings], title="\nWork of one step of each request, in FLOPs")
         output.table([_traffic(setting) for setting in settings], title="\nWhat a decode step moves")
@@ -35,6 +37,23 @@ def show(record: Record, *, details: bool) -> None:
     output.data("\nAll figures are predicted by arithmetic, none is measured.")
     for sentence in record.assumptions:
         output.data(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))
+
+
+def _pools(settings: Sequence[Mapping[str, Any]], engine: str, context: int) -> None:
+    """What the engine would log about its cache."""
+    output.data("")
+    for setting in settings:
+        if (setting["cache_budget_bytes"] or 0) <= 0:
+            continue
+        blocks = (
+            f"{setting['cache_blocks']:,} blocks of {setting['cache_block_tokens']:,}, "
+            if setting["cache_blocks"]
+            else ""
+        )
+        output.data(
+            f"{engine} with {setting['label']} KV heads: {format_bytes(setting['cache_budget_bytes'])} for the cache,"
+            f" {blocks}{setting['cache_tokens']:,} tokens, {setting['concurrency']:.2f}x {context:,}"
+        )
 
 
 def show_check(record: Record) -> None:

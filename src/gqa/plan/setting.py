@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from gqa.config import ModelShape
@@ -28,7 +29,9 @@ class Setting:
     the layers of the model as it is have different ones. Bytes are those of one device, FLOPs those of the whole model.
     decode_*: one token for each request; prefill_*: all requests' prompts of the context. max_context is that of the
     requests asked for, max_context_alone that of one; both are also None where nothing limits them:
-    `context_unlimited` says so. overtaking_*: from where on a decode step moves more cache than weights; None if never.
+    `context_unlimited` says so. cache_tokens, cache_blocks and concurrency are what the engine's log calls its size, and
+    how many requests of the context it holds, a share of the last one included. overtaking_*: from where on a decode
+    step moves more cache than weights; None if never.
     """
 
     label: str
@@ -59,6 +62,8 @@ class Setting:
     cache_budget_bytes: int | None
     cache_tokens: int | None
     cache_blocks: int | None
+    cache_block_tokens: int | None
+    concurrency: float | None
     max_concurrent_requests: int | None
     max_context: int | None
     max_context_alone: int | None
@@ -162,7 +167,7 @@ class Job:
     def _bounds(self, shape: ModelShape) -> tuple[Bound | None, Bound | None]:
         """Of decoding and of prefilling."""
         element = self.weights.bytes_per_parameter
-        if self.device is None or element is None:
+        if self.device is None or element is None or math.isinf(self.device.bandwidth_bytes_per_second):
             return None, None
         asked = (shape, self.context, self.batch, self.kv, element, self.device, self.ranks)
         return decode_bound(*asked), prefill_bound(*asked)
@@ -176,14 +181,17 @@ class Job:
     def _capacity(self, rank: ModelShape, weights: float | None) -> dict[str, Any]:
         budget = self._budget(weights)
         if budget is None:
-            names = ("cache_budget_bytes", "cache_tokens", "cache_blocks", "max_concurrent_requests", "max_context")
-            return dict.fromkeys((*names, "max_context_alone", "context_unlimited"))
+            names = ("cache_budget_bytes", "cache_tokens", "cache_blocks", "cache_block_tokens", "concurrency")
+            names += ("max_concurrent_requests", "max_context", "max_context_alone", "context_unlimited")
+            return dict.fromkeys(names)
         pool = self.engine.pool(rank, self.context, budget, self.kv)
         longest = max_context(self.engine, rank, self.batch, self.kv, budget)
         return {
             "cache_budget_bytes": budget,
             "cache_tokens": pool.tokens,
             "cache_blocks": pool.blocks,
+            "cache_block_tokens": pool.block_tokens,
+            "concurrency": pool.concurrency,
             "max_concurrent_requests": max_concurrent_requests(self.engine, rank, self.context, self.kv, budget),
             "max_context": longest,
             "max_context_alone": max_context(self.engine, rank, 1, self.kv, budget),

@@ -98,7 +98,9 @@ def _of_device(job: Job, settings: Sequence[Setting]) -> list[str]:
             f"{device.name}: {device.memory_basis}; {job.utilisation:g} of it for weights and cache{kept}."
             + ("" if job.reserve_bytes else " Activations and the engine's own memory are not counted (--reserve).")
         )
-    if device:
+    if device and math.isinf(device.bandwidth_bytes_per_second):
+        said.append("No bandwidth is told, and so there are no bounds.")
+    elif device:
         rate = f"{device.flops_per_second / 1e12:.4g} TFLOP/s ({device.flops_dtype})"
         said.append(
             f"The bounds read weights and cache once at {device.bandwidth_bytes_per_second / 1e9:.4g} GB/s and compute"
