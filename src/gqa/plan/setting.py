@@ -29,9 +29,9 @@ class Setting:
     the layers of the model as it is have different ones. Bytes are those of one device, FLOPs those of the whole model.
     decode_*: one token for each request; prefill_*: all requests' prompts of the context. max_context is that of the
     requests asked for, max_context_alone that of one; both are also None where nothing limits them:
-    `context_unlimited` says so. cache_tokens, cache_blocks and concurrency are what the engine's log calls its size, and
-    how many requests of the context it holds, a share of the last one included. overtaking_*: from where on a decode
-    step moves more cache than weights; None if never.
+    `context_unlimited` says so. cache_tokens, cache_blocks and concurrency are what the engine's log calls its size,
+    and how many requests of the context it holds, a share of the last one included. overtaking_*: from where on a
+    decode step moves more cache than weights; None if never.
     """
 
     label: str
