@@ -107,7 +107,7 @@ def _of_device(job: Job, settings: Sequence[Setting]) -> list[str]:
             f" at {'any rate (none is told)' if math.isinf(device.flops_per_second) else rate}; no real step is faster."
         )
         if device.flops_dtype.endswith("measured"):
-            said.append("These rates were measured just now: other work on the machine makes them, and the bounds, worse.")
+            said.append("The rates were measured just now; other work on the machine makes them worse than they are.")
         room = cache_budget_bytes(device.memory_bytes, job.utilisation, 0)
         if any(setting.weight_bytes is not None and setting.weight_bytes > room for setting in settings):
             said.append(f"Where the weights alone do not fit on one {device.name}, its bound is hypothetical.")
