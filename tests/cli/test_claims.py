@@ -29,7 +29,7 @@ def test_json_with_a_study(capsys):
     code, out, _ = run(capsys, "--study", str(STUDY), "--json")
     assert code == 0
     rows = json.loads(out)["results"]["claims"]
-    assert sum(row["verdict"] == "measured" for row in rows) == 2
+    assert sum(row["verdict"] == "measured" for row in rows) == 3
 
 
 def test_a_study_that_is_none(capsys, tmp_path):
