@@ -45,6 +45,8 @@ def growth(record: Record, stops: Sequence[Mapping[str, Any]]) -> Figure:
     across = axes.contexts("context of a request, tokens", contexts if len(contexts) > 1 else [1, contexts[0]])
     first, last = stops[0], stops[-1]
     requests = "one request" if record.inputs["batch"] == 1 else f"{record.inputs['batch']:,} requests"
+    engine = record.inputs["engine"]
+    laid = "in a contiguous cache" if engine == "contiguous" else f"as {engine} lays them out"
     table = Table(
         ["context, tokens", *(forms.heads(row["kv_heads"]) for row in stops)],
         [[f"{n:,}", *(format_bytes(sizes[index, n]) for index in kept)] for n in contexts],
@@ -54,7 +56,7 @@ def growth(record: Record, stops: Sequence[Mapping[str, Any]]) -> Figure:
         f"At {forms.tokens(contexts[-1])} tokens the cache is {format_bytes(sizes[kept[0], contexts[-1]])} with"
         f" {forms.heads(first['kv_heads'])} and {format_bytes(sizes[kept[-1], contexts[-1]])} with"
         f" {forms.heads(last['kv_heads'])}",
-        f"Bytes that {requests} keep, in {dtype}, as {record.inputs['engine']} lays them out. Dashed lines are whole"
+        f"Bytes that {requests} keep, in {dtype}, {laid}. Dashed lines are whole"
         " memories of devices; the weights take their part of it first.",
         [("", panel(across, up, series, rules, TALL))],
         {"Bytes by context": table},

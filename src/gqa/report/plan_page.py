@@ -130,5 +130,7 @@ def _settings(stops: Sequence[Mapping[str, Any]]) -> tables.Table:
 def _method(record: Record) -> str:
     blocks = [("The model", record.results["model"]), ("What was asked", record.inputs), ("Versions", record.versions)]
     if record.results["device"]:
-        blocks.insert(1, ("The device", record.results["device"]))
+        device = dict(record.results["device"])
+        sources = {f"source of {figure}": text for figure, text in device.pop("sources").items()}
+        blocks.insert(1, ("The device", device | sources))
     return facts_html(blocks, record.assumptions) + again("plan.json")
