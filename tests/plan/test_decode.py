@@ -5,7 +5,7 @@ import pytest
 from gqa.config import parse_config
 from gqa.hardware import Device
 from gqa.plan.decode import decode_bound
-from gqa.plan.flops import attention_core_flops, decode_flops
+from gqa.plan.flops import attention_core_flops, decode_work
 from gqa.plan.kv_dtype import kv_dtype
 from gqa.plan.parameters import active_parameters
 
@@ -36,7 +36,9 @@ def test_flops_by_hand():
     assert active_parameters(SHAPE) == READ
     # Scores and sums: 2 layers * 8 query heads * 2 FLOPs * (8 + 8) dims * 10 tokens * 3 requests.
     assert attention_core_flops(SHAPE, 10, 3) == 2 * 8 * 2 * 16 * 10 * 3
-    assert decode_flops(SHAPE, 10, 3) == 3 * 2 * READ + 15_360
+    work = decode_work(SHAPE, 10, 3)
+    assert work is not None
+    assert work.total == 3 * 2 * READ + 15_360
     # The KV heads do not change the work of the core, only what is read for it.
     assert attention_core_flops(SHAPE.with_kv_heads(1), 10, 3) == 15_360
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gqa.config import ModelShape, parse_config
@@ -73,33 +73,28 @@ def _cache(shape: ModelShape, context: int, batch: int = 1) -> int:
     return kv_bytes(shape, context, batch, FP16)
 
 
-def fixed(text: Callable[[], tuple[str, str]]) -> Callable[[Mapping[str, Any] | None], Answer]:
-    """An answer that needs no measurement."""
-    return lambda study: Answer(*text())
-
-
-def heads_of_llama_2() -> tuple[str, str]:
+def heads_of_llama_2() -> Answer:
     shape = _model("Llama-2-70B")
     told = (shape.query_heads, shape.kv_heads)
-    return f"{told[0]} query heads, {told[1]} KV heads", "holds" if told == (64, 8) else "wrong"
+    return Answer(f"{told[0]} query heads, {told[1]} KV heads", "holds" if told == (64, 8) else "wrong")
 
 
-def width_of_a_head() -> tuple[str, str]:
+def width_of_a_head() -> Answer:
     shape = _model("Llama-2-70B")
     quoted, computed = shape.hidden / shape.kv_heads, shape.head_dim
     text = f"Llama 2 70B: {quoted:.0f} by that formula; K and V have the head dim of the queries, {computed}"
-    return text, judge(quoted, computed)
+    return Answer(text, judge(quoted, computed))
 
 
-def projections() -> tuple[str, str]:
+def projections() -> Answer:
     shape = _model("Llama-2-70B")
     computed = (kv_projection_parameters(shape) or 0) / len(shape.layers)
     quoted = 2 * shape.hidden**2
     text = f"Llama 2 70B: {computed / 1e6:.1f} million a layer; 2 * d_model^2 are {quoted / 1e6:.1f} million"
-    return text, judge(quoted, computed)
+    return Answer(text, judge(quoted, computed))
 
 
-def what_is_fetched() -> tuple[str, str]:
+def what_is_fetched() -> Answer:
     shape = _model("Llama-2-70B")
     projections = (kv_projection_parameters(shape) or 0) * _WEIGHT_BYTES
     token = kv_bytes_per_token(shape, FP16)
@@ -107,23 +102,23 @@ def what_is_fetched() -> tuple[str, str]:
         f"Llama 2 70B: the projections are {_size(projections)}, read once a step whatever the length; the cache is"
         f" {format_bytes(token)} a token and request, and more than that from {projections // token + 1:,} tokens on"
     )
-    return text, "depends"
+    return Answer(text, "depends")
 
 
-def llama_3_request() -> tuple[str, str]:
+def llama_3_request() -> Answer:
     size = _cache(_model("Llama-3-70B"), 128 * 1024)
-    return _size(size), judge_gb((42, size))
+    return Answer(_size(size), judge_gb((42, size)))
 
 
-def llama_3_as_mha() -> tuple[str, str]:
+def llama_3_as_mha() -> Answer:
     size = _cache(as_multi_head(_model("Llama-3-70B")), 128 * 1024)
-    return _size(size), "holds" if size > 300 * _GB else "wrong"
+    return Answer(_size(size), "holds" if size > 300 * _GB else "wrong")
 
 
-def saved_share() -> tuple[str, str]:
+def saved_share() -> Answer:
     shape = _model("Llama-3-70B")
     saved = 1 - kv_bytes_per_token(shape, FP16) / kv_bytes_per_token(as_multi_head(shape), FP16)
-    return f"{saved:.1%}", judge(87.5, 100 * saved)
+    return Answer(f"{saved:.1%}", judge(87.5, 100 * saved))
 
 
 def _toy() -> ModelShape:
@@ -131,40 +126,40 @@ def _toy() -> ModelShape:
     return parse_config(config, "d_model 64 with 8 heads")
 
 
-def saved_parameters() -> tuple[str, str]:
+def saved_parameters() -> Answer:
     full, grouped = _toy(), _toy().with_kv_heads(2)
     kv = 1 - (kv_projection_parameters(grouped) or 0) / (kv_projection_parameters(full) or 1)
     everything = 1 - (attention_parameters(grouped) or 0) / (attention_parameters(full) or 1)
     text = f"{kv:.1%} of the K and V projections; {everything:.1%} of all four projections"
-    return text, judge(37.5, 100 * kv)
+    return Answer(text, judge(37.5, 100 * kv))
 
 
-def saved_cache() -> tuple[str, str]:
+def saved_cache() -> Answer:
     ratio = _cache(_toy(), 1000) / _cache(_toy().with_kv_heads(2), 1000)
-    return f"{ratio:g}x smaller", judge(4, ratio)
+    return Answer(f"{ratio:g}x smaller", judge(4, ratio))
 
 
-def most_saved() -> tuple[str, str]:
+def most_saved() -> Answer:
     saved = 1 - _cache(_toy().with_kv_heads(1), 1000) / _cache(_toy(), 1000)
-    return f"{saved:.1%}", judge(7 / 8, saved)
+    return Answer(f"{saved:.1%}", judge(7 / 8, saved))
 
 
-def llama_2_cache() -> tuple[str, str]:
+def llama_2_cache() -> Answer:
     shape = _model("Llama-2-70B")
     context = shape.context or 0
     size, mha = _cache(shape, context), _cache(as_multi_head(shape), context)
     text = f"{_size(size)} and {_size(mha)} at its context of {context:,} tokens"
-    return text, judge_gb((1.25, size), (10, mha))
+    return Answer(text, judge_gb((1.25, size), (10, mha)))
 
 
-def mistral_cache() -> tuple[str, str]:
+def mistral_cache() -> Answer:
     shape = _model("Mistral-7B-v0.1")
     full, windowed = _cache(shape.without_windows(), 8192), _cache(shape, 8192)
     text = f"{_size(full)}; {_size(windowed)} where its window of {shape.layers[0].window:,} tokens is used"
-    return text, judge_gb((1.0, full))
+    return Answer(text, judge_gb((1.0, full)))
 
 
-def same_core() -> tuple[str, str]:
+def same_core() -> Answer:
     shape = _model("Llama-2-7B")
     cores = {prefill_core_flops(shape.with_kv_heads(n), 4096) for n in shape.dial}
     most, least = (prefill_work(shape.with_kv_heads(n), 4096, 1) for n in (shape.dial[-1], 1))
@@ -174,22 +169,22 @@ def same_core() -> tuple[str, str]:
         f"Llama 2 7B, 4096 tokens: {min(cores):.3g} at every setting; its projections go from {most.projections:.3g}"
         f" to {least.projections:.3g}"
     )
-    return text, "holds" if len(cores) == 1 else "wrong"
+    return Answer(text, "holds" if len(cores) == 1 else "wrong")
 
 
-def tokens_in_80_gb() -> tuple[str, str]:
+def tokens_in_80_gb() -> Answer:
     budget = 80 * GIB
     grouped, full = (max_context(Contiguous(), _shape(32, 32, n), 1, FP16, budget) or 0 for n in (8, 32))
     text = f"{grouped:,} tokens with 8 KV heads and {full:,} with 32 in 80 GiB: a ratio of {grouped / full:g}, not 2"
-    return text, judge(320 * 1024, grouped)
+    return Answer(text, judge(320 * 1024, grouped))
 
 
-def eight_k() -> tuple[str, str]:
+def eight_k() -> Answer:
     full, grouped = _cache(_shape(80, 64, 64), 8192), _cache(_shape(80, 64, 8), 8192)
-    return f"{_size(full)} and {_size(grouped)}", judge_gb((21, full), (2.6, grouped))
+    return Answer(f"{_size(full)} and {_size(grouped)}", judge_gb((21, full), (2.6, grouped)))
 
 
-def users_per_gpu() -> tuple[str, str]:
+def users_per_gpu() -> Answer:
     shape, context = _model("Llama-2-7B"), 4096
     told = []
     for device in map(find_device, ("L4", "A100 80GB SXM")):
@@ -204,18 +199,18 @@ def users_per_gpu() -> tuple[str, str]:
         f"on what the weights leave: Llama 2 7B holds, as it is and with 4 KV heads, {' and '.join(told)}, at"
         f" {context:,} tokens each"
     )
-    return text, "depends"
+    return Answer(text, "depends")
 
 
-def batch_of_32() -> tuple[str, str]:
+def batch_of_32() -> Answer:
     shape = _model("Llama-3-70B")
     full, grouped = _cache(as_multi_head(shape), 2048, 32), _cache(shape, 2048, 32)
     batch = min(range(1, 33), key=lambda n: abs(20.9 * _GB - _cache(as_multi_head(shape), 2048, n)))
     text = f"{_size(full)} and {_size(grouped)}; the quoted figures fit a batch of {batch}"
-    return text, judge_gb((20.9, full), (2.6, grouped))
+    return Answer(text, judge_gb((20.9, full), (2.6, grouped)))
 
 
-def which_are_grouped() -> tuple[str, str]:
+def which_are_grouped() -> Answer:
     multi = [name for name in ("Llama-2-7B", "Llama-2-13B") if (s := _model(name)).kv_heads == s.query_heads]
     grouped = [
         name
@@ -223,16 +218,16 @@ def which_are_grouped() -> tuple[str, str]:
         if (s := _model(name)).kv_heads < s.query_heads
     ]
     text = f"MHA: {', '.join(multi)}. GQA: {', '.join(grouped)}"
-    return text, "holds" if len(multi) == 2 and len(grouped) == 5 else "wrong"
+    return Answer(text, "holds" if len(multi) == 2 and len(grouped) == 5 else "wrong")
 
 
-def mistral_heads() -> tuple[str, str]:
+def mistral_heads() -> Answer:
     shape = _model("Mistral-7B-v0.1")
     ratio = shape.query_heads / shape.kv_heads
-    return f"{shape.query_heads} on {shape.kv_heads}: {ratio:g}x", judge(4, ratio)
+    return Answer(f"{shape.query_heads} on {shape.kv_heads}: {ratio:g}x", judge(4, ratio))
 
 
-def static_weights() -> tuple[str, str]:
+def static_weights() -> Answer:
     shape = _model("Llama-3-8B")
     weights = (read_parameters(shape, 1) or 0) * _WEIGHT_BYTES
     context = overtaking_context(shape, 1, FP16, _WEIGHT_BYTES)
@@ -241,10 +236,10 @@ def static_weights() -> tuple[str, str]:
         f"every decode step reads them again, shared by the batch: Llama 3 8B {_size(weights)}; its cache is more from"
         f" {context:,} tokens of one request on, from {batch:,} of 16"
     )
-    return text, "depends"
+    return Answer(text, "depends")
 
 
-def binding_constraint() -> tuple[str, str]:
+def binding_constraint() -> Answer:
     device = find_device("RTX 4090")
     shape = _model("Llama-3-8B")
     weights = (total_parameters(shape) or 0) * _WEIGHT_BYTES
@@ -255,10 +250,10 @@ def binding_constraint() -> tuple[str, str]:
         f" {left // token:,} tokens; the cache would outweigh the weights from {weights // token + 1:,} tokens on, and"
         " does with fewer bits of weights"
     )
-    return text, "depends"
+    return Answer(text, "depends")
 
 
-def overshadowed() -> tuple[str, str]:
+def overshadowed() -> Answer:
     shape = _model("Llama-3.1-70B")
     size, weights = _cache(shape, 128 * 1024), (total_parameters(shape) or 0) * _WEIGHT_BYTES
     requests = weights / size
@@ -266,10 +261,10 @@ def overshadowed() -> tuple[str, str]:
         f"Llama 3.1 70B: {_size(size)} of cache beside {_size(weights)} of weights, {size / weights:.0%}; it takes"
         f" {requests:.1f} such requests to outweigh them"
     )
-    return text, "depends"
+    return Answer(text, "depends")
 
 
-def eight_devices() -> tuple[str, str]:
+def eight_devices() -> Answer:
     shape, context, ranks = _model("Llama-3.1-70B"), 128 * 1024, 8
     told = []
     for name in ("H100 SXM", "H200"):
@@ -279,19 +274,19 @@ def eight_devices() -> tuple[str, str]:
             budget = cache_budget_bytes(device.memory_bytes, Contiguous().utilisation, weights)
             found.append(max_concurrent_requests(Contiguous(), shard(setting, ranks), context, FP16, budget))
         told.append(f"{found[0]} as MHA and {found[1]} as it is on 8 {name}")
-    return f"Llama 3.1 70B holds at once {'; '.join(told)}", "depends"
+    return Answer(f"Llama 3.1 70B holds at once {'; '.join(told)}", "depends")
 
 
-def room_of_eight_groups() -> tuple[str, str]:
+def room_of_eight_groups() -> Answer:
     told = []
     for name in ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B"):
         shape = _model(name)
         ratio = kv_bytes_per_token(as_multi_head(shape), FP16) / kv_bytes_per_token(shape, FP16)
         told.append(f"{ratio:g}x for {name} ({shape.query_heads} query heads)")
-    return ", ".join(told), "depends"
+    return Answer(", ".join(told), "depends")
 
 
-def whole_step() -> tuple[str, str]:
+def whole_step() -> Answer:
     shape = _model("Llama-3-70B")
     told = []
     for context, batch in ((2048, 1), (2048, 32), (128 * 1024, 1)):
@@ -300,19 +295,19 @@ def whole_step() -> tuple[str, str]:
             weights = (read_parameters(setting, batch) or 0) * _WEIGHT_BYTES
             moved.append(weights + decode_kv_traffic(setting, context, batch, FP16))
         told.append(f"{moved[0] / moved[1]:.2f}x for {batch} of {context:,} tokens")
-    return (
+    return Answer(
         f"the cache is 8x smaller, the bytes of a step of Llama 3 70B, weights included, {', '.join(told)}",
         "depends",
     )
 
 
-def all_parameters_of_mqa() -> tuple[str, str]:
+def all_parameters_of_mqa() -> Answer:
     full, single = _toy(), _toy().with_kv_heads(1)
     saved = 1 - (attention_parameters(single) or 0) / (attention_parameters(full) or 1)
-    return f"{saved:.2%} of all four projections, the measure of the 37.5 % beside it", judge(7 / 8, saved)
+    return Answer(f"{saved:.2%} of all four projections, the measure of the 37.5 % beside it", judge(7 / 8, saved))
 
 
-def converging() -> tuple[str, str]:
+def converging() -> Answer:
     config = {"model_type": "llama", "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
     shape = parse_config(config | {"vocab_size": 1, "intermediate_size": 1}, "d_model 768 with 12 heads")
     shares = []
@@ -324,10 +319,10 @@ def converging() -> tuple[str, str]:
     text = (
         f"attention of MQA over MHA: {', '.join(f'{s:.3f}' for s in shares)} at 512, 8,192 and 131,072 tokens, causal"
     )
-    return text, "holds" if shares == sorted(shares) and shares[-1] > 0.98 else "wrong"
+    return Answer(text, "holds" if shares == sorted(shares) and shares[-1] > 0.98 else "wrong")
 
 
-def everybody() -> tuple[str, str]:
+def everybody() -> Answer:
     kinds: dict[str, list[str]] = {"MHA": [], "MQA": [], "latent": []}
     for name in bundled_names():
         shape = _model(name)
@@ -340,13 +335,13 @@ def everybody() -> tuple[str, str]:
     total = len(bundled_names())
     others = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
     grouped = total - sum(map(len, kinds.values()))
-    return (
+    return Answer(
         f"of the {total} models that gqa knows {grouped} have GQA; {others}",
         "holds" if grouped == total else "wrong",
     )
 
 
-def training() -> tuple[str, str]:
+def training() -> Answer:
     shape = _model("Llama-3-70B")
     full, grouped = total_parameters(as_multi_head(shape)) or 0, total_parameters(shape) or 0
     work = [training_flops_per_token(setting, 8192) or 0 for setting in (as_multi_head(shape), shape)]
@@ -354,15 +349,12 @@ def training() -> tuple[str, str]:
         f"Llama 3 70B: {1 - grouped / full:.1%} fewer parameters than its MHA twin, {1 - work[1] / work[0]:.1%} less"
         " work per token at 8,192, if nothing else grows"
     )
-    return text, "holds" if grouped < full else "wrong"
+    return Answer(text, "holds" if grouped < full else "wrong")
 
 
-def by_study(rows: Callable[[Mapping[str, Any]], str | None], why: str) -> Callable[..., Answer]:
-    def answer(study: Mapping[str, Any] | None) -> Answer:
-        found = rows(study) if study else None
-        return Answer(found, "measured") if found else Answer(why, "to be measured")
-
-    return answer
+def no_copies() -> Answer:
+    text = "a property of the op: tests/ops measures that gqa.attention allocates no copy"
+    return Answer(text, "to be measured")
 
 
 def kept(study: Mapping[str, Any]) -> str | None:
@@ -396,6 +388,3 @@ def grown(study: Mapping[str, Any]) -> str | None:
         for row in study.get("gradient_exponents") or ()
     ]
     return f"norm ~ G^e, sqrt(G) being e = 0.50: e = {', '.join(told)}; 95 % intervals" if told else None
-
-
-STUDY = "gqa study measures it: give its record (--study study.json)"

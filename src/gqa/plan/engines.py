@@ -17,7 +17,7 @@ from gqa.errors import GqaError
 from gqa.plan.cache import FP32_BYTES, bytes_of_heads, kv_bytes, row_bytes, served_row_bytes
 from gqa.plan.kv_dtype import KvDtype
 from gqa.plan.pool import Pool
-from gqa.plan.vllm import Vllm
+from gqa.plan.vllm import LATEST, Vllm
 
 
 class Engine(Protocol):
@@ -192,8 +192,8 @@ def find_engine(name: str, *, block: int | None = None, batched_tokens: int | No
         if value is not None and not match and option not in own and plain in ENGINES:
             raise GqaError(f"{option} means nothing to {plain}", got=value, hint=f"leave out {option}")
     if match:
-        version = (int(match[1]), int(match[2])) if match[1] else None
-        return Vllm.of(version, block, batched_tokens)
+        version = (int(match[1]), int(match[2])) if match[1] else LATEST
+        return Vllm(version, block, batched_tokens or 8192)
     if plain == "sglang":
         return SGLang(page=block or 1)
     if plain == "llama.cpp":

@@ -61,12 +61,6 @@ def prefill_core_flops(shape: ModelShape, tokens: int) -> int:
     return total
 
 
-def decode_flops(shape: ModelShape, context: int, batch: int) -> int | None:
-    """All of `decode_work`."""
-    work = decode_work(shape, context, batch)
-    return None if work is None else work.total
-
-
 def _work(shape: ModelShape, tokens: int, last_tokens: int, core: int) -> Work | None:
     active, projections, output = active_parameters(shape), attention_parameters(shape), output_parameters(shape)
     if active is None or projections is None or output is None:

@@ -46,10 +46,6 @@ class Vllm:
     block: int | None = None
     batched_tokens: int = 8192
 
-    @staticmethod
-    def of(version: tuple[int, int] | None, block: int | None, batched_tokens: int | None) -> Vllm:
-        return Vllm(version or LATEST, block, batched_tokens or 8192)
-
     @property
     def name(self) -> str:
         return "vllm" if self.version == LATEST else f"vllm@{self.version[0]}.{self.version[1]}"
