@@ -44,7 +44,8 @@ def test_unknown_devices():
     with pytest.raises(GqaError) as caught:
         find_device("h100")
     assert caught.value.hint == '--device "H100 PCIe" or --device "H100 SXM" or --device "H100 NVL"'
-    assert "MI300X" in str(caught.value.allowed)
+    assert "gqa plan --devices" in str(caught.value.allowed)
+    assert "MI300X" in devices()
     for text in ("", "abacus", "  "):
         with pytest.raises(GqaError) as caught:
             find_device(text)

@@ -66,7 +66,7 @@ def find_device(name: str) -> Device:
     raise GqaError(
         "an unknown device",
         got=repr(name),
-        allowed=", ".join(devices()),
+        allowed=f"the {len(devices())} that gqa plan --devices lists, or --memory 24GiB --bandwidth 936GB/s",
         hint=" or ".join(f'--device "{by_plain[plain].name}"' for plain in close) or None,
     )
 
