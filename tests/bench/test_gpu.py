@@ -197,9 +197,13 @@ def test_the_machine_is_measured_and_described(cuda, monkeypatch):
     assert machine.datasheet_source
 
 
-@pytest.mark.parametrize(("name", "known"), [("NVIDIA H200", True), ("NVIDIA Quadro 2", False)])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA Quadro 2", None)],
+)
 def test_the_datasheet_of_a_known_gpu(cuda, name, known):
-    assert (datasheet(name) is not None) == known
+    found = datasheet(name)
+    assert (found and found.name) == known
 
 
 def test_an_unknown_gpu_has_no_share_of_a_datasheet(cuda):

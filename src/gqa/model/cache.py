@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from gqa.cache.contiguous import ContiguousCache, ContiguousLayer
 from gqa.cache.int8 import Int8Cache, Int8Layer
 from gqa.cache.paged import PagedCache, PagedLayer
 from gqa.cache.pool import BlockPool
+from gqa.config import parse_config
 from gqa.errors import GqaError
 
 
@@ -151,15 +152,17 @@ _GROWING = {"contiguous": ContiguousCache, "int8": Int8Cache}
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """Per layer, the tokens that its window holds; None for all."""
-    types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
+    layers = parse_config(config.to_dict(), config.model_type).layers
+    kinds: set[str] = {layer.kind for layer in layers}
+    kinds |= {"shared cache" for layer in layers if layer.shares_cache} | {"state" for layer in layers if layer.state}
+    if strange := sorted(kinds - {"full", "sliding"}):
         raise GqaError(
             "GqaCache does not serve all layers of this model",
             got=", ".join(strange),
-            allowed="full_attention, sliding_attention",
+            allowed="full, sliding",
             hint="leave past_key_values to transformers",
         )
-    return [one.get("sliding_window") for one in arguments]
+    return [layer.window for layer in layers]
 
 
 def _whole(method: str) -> GqaError:
