@@ -35,7 +35,7 @@ from gqa.convert.recipe import Recipe, make_recipe
 from gqa.convert.run import convert
 from gqa.device import default_device
 from gqa.evaluate import evaluate, load_model, remember
-from gqa.record import describe_machine, read_record
+from gqa.record import Record, describe_machine, read_record
 from gqa.source import open_checkpoint
 from gqa.study.corpus import StudyText, from_corpus
 from gqa.study.embedded import Corpus, EmbeddedRecipe, embedded_parent
@@ -110,10 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--out", type=Path, help="the record's path")
     chosen = options.parse_args(arguments)
     device = default_device()
-    path: Path = chosen.out or RESULTS / f"{_machine()}-scaling.json"
+    path: Path = chosen.out or RESULTS / f"{slug(_device(device))}-scaling.json"
     if chosen.join:
-        rows = [row for part in chosen.join for row in read_record(part).results["scaling"]]
-        write(path, rows)
+        parts = [read_record(part) for part in chosen.join]
+        rows = [row for part in parts for row in part.results["scaling"]]
+        joined = dataclasses.replace(made_of(rows), machine=parts[0].machine, versions=parts[0].versions)
+        joined.write(path)
         return
     rows: list[dict[str, Any]] = list(read_record(path).results["scaling"]) if path.exists() else []
     corpus = installed_corpus()
@@ -147,8 +149,8 @@ def measure(
                 convert(source, child, recipe, text.calibration[:windows] if windows else None, device=device)
                 seconds = time.perf_counter() - began
                 figures = evaluate(load_model(child), text.test[:TEST], parent=known)
-            rows.append(key | figures | {"seconds": seconds, "device": device})
-            write(path, rows)
+            rows.append(key | figures | {"seconds": seconds, "device": _device(device)})
+            made_of(rows).write(path)
             row = rows[-1]
             print(
                 f"{row['size']} {row['train_tokens'] / 1e6:.1f}M tokens, {kv_heads} KV heads, {method} on {windows}: "
@@ -159,13 +161,14 @@ def measure(
             )
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def made_of(rows: list[dict[str, Any]]) -> Record:
+    """The record of these rows, with their shares of mean's loss, and the trends."""
     mean = {_setting(row): row["loss_above_parent_nats"] for row in rows if row["method"] == "mean"}
     for row in rows:
         of = mean.get(_setting(row))
         row["share_of_mean_loss"] = None if of is None else row["loss_above_parent_nats"] / of
     inputs = {"window": WINDOW, "test_tokens": TEST * WINDOW, "batch": BATCH, "text": "installed Python sources"}
-    record("benchmark scaling", inputs, {"scaling": rows, "trends": trends(rows)}, ABOUT).write(path)
+    return record("benchmark scaling", inputs, {"scaling": rows, "trends": trends(rows)}, ABOUT)
 
 
 def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -210,13 +213,13 @@ def trends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _machine() -> str:
-    machine = describe_machine()
-    if default_device() == "cuda":
+def _device(kind: str) -> str:
+    if kind == "cuda":
         import torch
 
-        return slug(torch.cuda.get_device_name())
-    return f"{machine['cores']}-core-{slug(str(machine['processor']))}"
+        return torch.cuda.get_device_name()
+    machine = describe_machine()
+    return f"{machine['cores']}-core {machine['processor']}"
 
 
 def tell(stage: str, done: int, total: int, note: str = "") -> None:
