@@ -15,10 +15,11 @@ from gqa.report.reading import Study, number
 from gqa.units import format_bytes, format_seconds
 
 KV_CACHE = (
-    "To write the next token, a language model reads back a key and a value that it stored for every token before it, in"
-    " every layer and for every KV head. This store is the <em>KV cache</em>. In multi-head attention (MHA) each query"
-    " head has a KV head of its own; in grouped-query attention (GQA) several query heads share one; in multi-query"
-    " attention (MQA) all of them share a single one. Fewer KV heads mean a smaller cache and less to read per token."
+    "To write the next token, a language model reads back a key and a value that it stored for every token before it,"
+    " in every layer and for every KV head. This store is the <em>KV cache</em>. In multi-head attention (MHA) each"
+    " query head has a KV head of its own; in grouped-query attention (GQA) several query heads share one; in"
+    " multi-query attention (MQA) all of them share a single one. Fewer KV heads mean a smaller cache and less to read"
+    " per token."
 )
 
 
