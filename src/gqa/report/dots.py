@@ -1,4 +1,5 @@
-"""One panel of dots in rows as static SVG, each with its range from lowest to highest, named left and valued right."""
+"""One panel of dots in rows as static SVG: before (hollow) and after (filled), each with its range; rows are named left
+and valued right."""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ from gqa.report.axes import Axis
 from gqa.report.chart import BOTTOM, FONT_SIZE, MARK, axis, to_svg
 
 STEP = 26
-WIDTH, LEFT, RIGHT = 430, 94, 84
+WIDTH, LEFT, RIGHT = 430, 94, 122
+
+Range = tuple[float, float, float]  # mean, lowest, highest
 
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
     name: str
-    value: float
-    low: float
-    high: float
+    before: Range | None
+    after: Range | None
     text: str
     color: str
     shape: str
@@ -36,11 +38,14 @@ def dots(x: Axis, rows: Sequence[Dot], rules: Sequence[float] = ()) -> str:
         layers.append(line.encode(x=across, y=alt.YValue(0), y2=alt.Y2Value(height)))
     for place, row in enumerate(rows):
         y = alt.YValue(STEP * (place + 0.5))
-        data = alt.Chart(alt.Data(values=[{"x": row.value, "low": row.low, "high": row.high}]))
-        span = data.mark_rule(color=row.color, strokeWidth=5, opacity=0.3)
-        layers.append(span.encode(x=alt.X("low:Q", scale=scale), x2=alt.X2("high:Q"), y=y))
-        mark = data.mark_point(shape=row.shape, size=MARK, fill=row.color, stroke=row.color, opacity=1)
-        layers.append(mark.encode(x=across, y=y))
+        for of, fill in ((row.before, "var(--paper)"), (row.after, row.color)):
+            if of is None:
+                continue
+            data = alt.Chart(alt.Data(values=[dict(zip(("x", "low", "high"), of, strict=True))]))
+            span = data.mark_rule(color=row.color, strokeWidth=5, opacity=0.3)
+            layers.append(span.encode(x=alt.X("low:Q", scale=scale), x2=alt.X2("high:Q"), y=y))
+            mark = data.mark_point(shape=row.shape, size=MARK, fill=fill, stroke=row.color, strokeWidth=1.6, opacity=1)
+            layers.append(mark.encode(x=across, y=y))
         for text, at, align in ((row.name, -10, "right"), (row.text, width + 10, "left")):
             said = alt.Chart(alt.Data(values=[{}])).mark_text(
                 align=align, baseline="middle", fontSize=FONT_SIZE, color=row.color

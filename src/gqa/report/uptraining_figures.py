@@ -45,25 +45,19 @@ def beginnings(rows: Sequence[Row], alpha: float) -> Figure | None:
     across = axes.rounded("perplexity, times that of the control", [*values, 1.0], lambda v: f"{v:g}×")
     panels = []
     for kv_heads in child_heads(rows):
-        for a in shares:
-            of = [row for row in drawn[a] if row["kv_heads"] == kv_heads]
-            marks = [
-                Dot(
-                    method_name(method),
-                    *_range(row, "times_control"),
-                    f"{row['times_control_mean']:.3f}×",
-                    *STYLES[method],
-                )
-                for method in METHODS
-                for row in of
-                if row["method"] == method
-            ]
-            if marks:
-                heading = f"{forms.heads(kv_heads)}, {'not trained' if a == 0 else f'after {forms.percent(a)}'}"
-                panels.append((heading, dots(across, marks, [1.0])))
+        marks = []
+        for method in METHODS:
+            of = [matching(drawn[a], kv_heads=kv_heads, method=method) for a in shares]
+            ranges = [_range(found[0], "times_control") if found else None for found in of]
+            if any(ranges):
+                text = " → ".join(f"{one[0]:.3f}×" for one in ranges if one)
+                marks.append(Dot(method_name(method), *ranges, text, *STYLES[method]))
+        if marks:
+            panels.append((forms.heads(kv_heads), dots(across, marks, [1.0])))
     caption = (
-        "Marks are means over seeds, bars reach from the lowest to the highest seed. The control is the parent trained"
-        " on the same tokens; without training it is the parent itself."
+        f"Hollow: right after conversion, against the parent. Filled: after {forms.percent(alpha)} of the parent's"
+        " tokens, against the control, the parent trained on the same. Means over seeds; bars reach from the lowest to"
+        " the highest."
     )
     table = _table([row for a in shares for row in drawn[a]])
     return Figure("beginnings", _beginnings_title(rows, alpha), caption, panels, {"Ways to begin": table})
@@ -155,8 +149,8 @@ def _close(rows: Sequence[Row], bounds: Sequence[Row]) -> Figure | None:
     panels = []
     for kv_heads in child_heads(fitted):
         series = [_line(fitted, kv_heads, m, "times_control", lambda v: f"{v:.3f}×") for m in FITTED]
-        rules = [Rule("control", 1.0, "var(--ink)", inside=True)]
-        rules += [Rule(f"bound {r['bound']:g}×", r["bound"], inside=True) for r in bounds if r["kv_heads"] == kv_heads]
+        rules = [Rule("control", 1.0, "var(--ink)")]
+        rules += [Rule(f"bound {r['bound']:g}×", r["bound"]) for r in bounds if r["kv_heads"] == kv_heads]
         panels.append((forms.heads(kv_heads), panel(across, up, [s for s in series if s.line], rules, NARROW)))
     told = [
         f"{forms.heads(row['kv_heads'])} {row['times_control_mean']:.4f}× (bound {row['bound']:g}×)" for row in bounds
