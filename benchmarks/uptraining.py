@@ -9,7 +9,7 @@ schedule. Each alpha is a run of its own, as the learning rate falls to zero at 
 windows are trained on and in which order, which head `random` takes and the order of refinement's text; the parent, the
 text and the test windows are the same for all seeds, and so are the conversions that do not depend on chance.
 cost: seconds of a training step over the dial, in turns, and its FLOPs as the planner predicts them.
-recall: uptraining_recall.py.
+recall: numbers that are found again, and loss over the context, of a parent trained to recall and its children.
 The record is written a row at a time; rows that are in it already are kept. Models lie in the cache meanwhile.
 """
 
@@ -31,8 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from session import RESULTS, slug
+from uptraining_cost import step_rows
+from uptraining_recall import look_back
 
 from gqa.bench.document import record
+from gqa.config import kv_head_choices, parse_config
 from gqa.convert.recipe import BASELINES, Recipe, make_recipe
 from gqa.convert.run import convert
 from gqa.evaluate import load_model
@@ -53,6 +56,8 @@ ALPHAS = (0.05, 0.0, 0.1, 0.02, 0.01)  # in the order of work: what the claims a
 BOUNDS = {2: 1.01, 1: 1.02}  # KV heads -> the most times the control's perplexity, at CLAIMED
 CLAIMED = 0.05
 BATCH = 8
+PARTS = ("curve", "cost", "recall")
+REPEATS = 12  # of a training step, whose time is their median
 ABOUT = (
     "times_control: perplexity as a multiple of the control's, which is the parent trained on the tokens of the same"
     " seed and alpha without a teacher, at alpha 0 the parent itself; its standard error is paired over test windows.",
@@ -211,6 +216,15 @@ def curve(run: Run, bench: Bench, kv_heads: Sequence[int], chosen: argparse.Name
         print(f"{done}/{len(jobs)} {line(rows[-1])}", file=sys.stderr, flush=True)
 
 
+def cost(bench: Bench, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a training step at every stop of the dial."""
+    shape = parse_config(open_checkpoint(str(bench.parent.folder)).config, "parent")
+    folders = {shape.kv_heads: bench.parent.folder}
+    folders |= {n: bench.converted(n, "mean", 0) for n in kv_head_choices(shape.kv_heads)[::-1] if n < shape.kv_heads}
+    count = min(repeats + 1, len(bench.text.train) // BATCH)
+    return step_rows(folders, shape, bench.text.train[: count * BATCH].reshape(count, BATCH, -1), repeats)
+
+
 def line(row: Mapping[str, Any]) -> str:
     error = row["times_control_standard_error"] or 0.0
     return (
@@ -265,12 +279,13 @@ def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--parts", nargs="+", default=["curve"], choices=["curve"])
+    options.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options.add_argument("--kv-heads", nargs="+", type=int, default=[2, 1])
     options.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     options.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS), help="of the parent's tokens")
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--windows", type=int, default=WINDOWS, help="of calibration, and of test  [%(default)s]")
+    options.add_argument("--repeats", type=int, default=REPEATS, help="training steps that are timed  [%(default)s]")
     options.add_argument("--work", type=Path, help="where models lie meanwhile  [gqa's cache]")
     options.add_argument("--out", type=Path, help="the record's path")
     chosen = options.parse_args(arguments)
@@ -290,6 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(parent, text, chosen.windows, chosen.work or cache_folder() / f"uptraining-{parent.folder.name}")
     if "curve" in chosen.parts:
         curve(run, bench, chosen.kv_heads, chosen)
+    if "cost" in chosen.parts and "cost" not in run.results:
+        run.results["cost"] = cost(bench, chosen.repeats)
+        run.write()
+    if "recall" in chosen.parts:
+        look_back(run, bench)
     print(f"wrote {path}", file=sys.stderr)
 
 
