@@ -1,8 +1,8 @@
 """Recall and loss over the context, of a parent that can recall and of its children: a part of uptraining.py.
 
-The study's parent has read too little to find anything again, so this one is trained on the task itself: lines that give
-a name a number, said again later, between lines of the standard library's text. Its names and numbers are other draws
-than those of the evaluation. Contexts grow while it learns. Its children are converted and not trained.
+The study's parent has read too little to find anything again, so this one is trained on the task itself: lines that
+give a name a number, said again later, between lines of the standard library's text. Its names and numbers are other
+draws than those of the evaluation. Contexts grow while it learns. Its children are converted and not trained.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from gqa.config import kv_head_choices
 from gqa.convert.muon import Muon
 from gqa.convert.recipe import BASELINES, make_recipe
 from gqa.convert.run import convert
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 FACTS = "recall-parent.json"
 METHODS = ("mean", "svd", "svd+refine")
 LOUD, QUIET = 5.0, 0.3  # weights in the loss: of a number that can be known, and of what cannot, beside text's 1
+SAVE_EVERY = 50  # steps of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ def look_back(run: Run, bench: Bench) -> None:
     lessons = Lessons(tokenizer, filler["test"], recipe.seed + 2)
     windows, _ = lessons.batch(0, recipe.position_windows, longest, recipe.stages[-1].pairs, recipe.stages[-1].text)
     models = [(recipe.heads, "parent")]
-    models += [(n, method) for n in (4, 2, 1) if n < recipe.heads for method in METHODS]
+    models += [(n, method) for n in kv_head_choices(recipe.heads)[::-1] if n < recipe.heads for method in METHODS]
     known = load_model(parent)
     for kv_heads, method in models:
         key = {"kv_heads": kv_heads, "method": method}
@@ -187,7 +189,7 @@ def converted(recipe: RecallRecipe, parent: Path, kv_heads: int, method: str, wo
 def recall_parent(
     recipe: RecallRecipe, tokenizer_of: Path, tokenizer: PreTrainedTokenizerBase, filler: np.ndarray, work: Path
 ) -> Path:
-    """The folder of the trained parent, from `work` or trained now; a killed training goes on at its last checkpoint."""
+    """The trained parent's folder, from `work` or trained now; a killed training goes on at its last checkpoint."""
     key = hashlib.sha256(json.dumps([dataclasses.asdict(recipe), tokenizer_of.name]).encode()).hexdigest()[:8]
     folder = work / f"recall-{key}"
     if not (folder / FACTS).exists():
@@ -252,7 +254,7 @@ def train(
             optimizer.zero_grad()
         known = losses[weighted == LOUD]
         loss = known.mean().item() if len(known) else loss
-        if (step + 1) % 50 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             told = f"{step + 1}/{len(stages)} known numbers {loss:.2f} nats a token"
             print("training the parent that recalls", told, file=sys.stderr, flush=True)
             _save(working, model, optimizers, step + 1, before + time.perf_counter() - began)
