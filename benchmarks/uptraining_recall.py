@@ -27,7 +27,7 @@ from gqa.config import kv_head_choices
 from gqa.convert.muon import Muon
 from gqa.convert.recipe import BASELINES, make_recipe
 from gqa.convert.run import convert
-from gqa.evaluate import evaluate, load_model
+from gqa.evaluate import evaluate, load_model, remember
 from gqa.evaluate.recall import recall
 from gqa.record import write_text_atomic
 from gqa.source import open_checkpoint
@@ -64,17 +64,17 @@ class RecallRecipe:
     heads: int = 8
     head_dim: int = 16
     stages: tuple[Stage, ...] = (
-        Stage(250, 66, 16, 2, 0.0),
-        Stage(150, 128, 12, 4, 0.2),
-        Stage(200, 256, 6, 6, 0.5),
-        Stage(100, 512, 3, 8, 0.7),
+        Stage(200, 66, 16, 2, 0.0),
+        Stage(70, 128, 8, 4, 0.2),
+        Stage(100, 256, 4, 6, 0.4),
+        Stage(110, 512, 2, 6, 0.6),
     )
     rate: float = 0.02
     seed: int = 0
     calibration_windows: int = 128
     calibration_window: int = 256
     lengths: tuple[int, ...] = (64, 128, 256, 512)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: tuple[float, ...] = (0.0, 0.5, 1.0)
     samples: int = 32
     position_windows: int = 64
 
@@ -152,7 +152,7 @@ def look_back(run: Run, bench: Bench) -> None:
     windows, _ = lessons.batch(0, recipe.position_windows, longest, recipe.stages[-1].pairs, recipe.stages[-1].text)
     models = [(recipe.heads, "parent")]
     models += [(n, method) for n in kv_head_choices(recipe.heads)[::-1] if n < recipe.heads for method in METHODS]
-    known = load_model(parent)
+    known = remember(load_model(parent), windows)
     for kv_heads, method in models:
         key = {"kv_heads": kv_heads, "method": method}
         if any(key.items() <= row.items() for row in positions):
