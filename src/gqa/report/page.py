@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import alternatives, dial, figures, forms, tables, words
+from gqa.report import alternatives, dial, figures, forms, patterns, tables, words
 from gqa.report.reading import Study, number
 from gqa.units import format_bytes, format_seconds
 
@@ -24,6 +24,7 @@ def render(record: Record) -> str:
     sections = section("saves", "What fewer KV heads save", "", figures_html(saves))
     sections += section("costs", "What they cost", _methods(study), figures_html(costs))
     sections += section("learning", "What it does to learning", "", figures_html(figures.gradient_figures(study)))
+    sections += section("heads", "What the heads look at", patterns.html(study), figures_html(patterns.figures(study)))
     return Template(asset("page.html")).substitute(
         title=escape(f"GQA study: {study.name}"),
         name=escape(study.name),
@@ -39,7 +40,7 @@ def render(record: Record) -> str:
         method=_method(study),
         record=embedded(json.loads(record.to_json())),
         dial_data=embedded(dial.data(study)),
-        script=asset("dial.js") + asset("alternatives.js"),
+        script=asset("patterns.js") + asset("dial.js") + asset("alternatives.js"),
     )
 
 
