@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from gqa.report import axes, forms
-from gqa.report.chart import Rule, Series, panel
+from gqa.report.chart import Frame, Rule, Series, panel
 from gqa.report.controls import select
 from gqa.report.figures import Figure
 from gqa.report.reading import Study, number
@@ -18,22 +18,27 @@ _MODELS = {"parent": "the parent", "child": "converted", "random": "random weigh
 _FIGURES = ("distance_tokens", "entropy_nats", "first_share", "previous_share")
 # (weights, grouping) -> name, colour and shape of its line
 _LINES = {
-    ("parent", "as converted"): ("those that share", "var(--refine)", "triangle-up"),
+    ("parent", "as converted"): ("heads that share", "var(--refine)", "triangle-up"),
     ("parent", "neighbours"): ("neighbours", "var(--mean)", "square"),
-    ("child", "as converted"): ("after conversion", "var(--svd)", "circle"),
-    ("random", "neighbours"): ("random weights", "var(--ink-soft)", "diamond"),
+    ("child", "as converted"): ("converted", "var(--svd)", "circle"),
+    ("random", "neighbours"): ("random", "var(--ink-soft)", "diamond"),
 }
+_FRAME = Frame(right=128)
 _TELL = 0.03  # a difference below this share of the figure is called none
 
 
 def html(study: Study) -> str:
     """The maps with their controls, hidden until the script shows them; empty for a record without whole maps."""
     results = study.record.results
-    maps, tokens = _rows(results, "attention_maps"), _tokens(results)
-    if not maps or not tokens or not all(_whole_maps(row, study.query_heads, len(tokens)) for row in maps):
+    maps, heads, tokens = _rows(results, "attention_maps"), _rows(results, "attention_heads"), _tokens(results)
+    whole = all(_whole_maps(row, study.query_heads, len(tokens)) for row in maps) and all(
+        len(_numbers(row.get(name))) == study.query_heads for row in heads for name in ("parent_heads", *_FIGURES)
+    )
+    if not maps or not tokens or not whole:
         return ""
     models = {f"{row['weights']}|{row['kv_heads']}": _model(row) for row in maps}
     layers = {str(layer): f"layer {layer}" for layer in sorted({row["layer"] for row in maps})}
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in _COLUMNS)
     return f"""<p class="note">Each square is a query head on the start of a test text: a row for the token that asks, a
 column for each token before it, the darker (on a dark page: the brighter) the more of its attention goes there. Heads
 that read the same KV head stand together. The text below is tinted by what the head last pointed at sees from the
@@ -48,10 +53,10 @@ marked token. The maps follow the dial.</p>
 <output for="looks-token" id="looks-asks"></output></p>
 <div class="kvs"></div>
 <p class="told" id="looks-told" role="status"></p>
-<p class="note"><span class="scale" aria-hidden="true"></span> 0 to 100 % of a head's attention, on a scale of its square
-root, in {len(str(results["attention_text"]["alphabet"]))} levels. Arrow keys move over a map.</p>
+<p class="note"><span class="scale" aria-hidden="true"></span> 0 to 100 % of a head's attention, on a scale of
+its square root, in {len(str(results["attention_text"]["alphabet"]))} levels. Arrow keys move over a map.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Figures of these heads"><table id="looks-heads">
-<thead><tr>{"".join(f'<th scope="col">{escape(title)}</th>' for title in _COLUMNS)}</tr></thead><tbody></tbody></table></div>
+<thead><tr>{head}</tr></thead><tbody></tbody></table></div>
 </div>
 """
 
@@ -113,7 +118,9 @@ def figures(study: Study) -> list[Figure]:
             "previous_share": (_COLUMNS[6], forms.percent),
         }
         tables["What heads look at, mean over heads"] = rows_table(columns, looks)
-    return [Figure("alike", _title(means, study.full), caption, [("", panel(across, up, series, rules))], tables)]
+    return [
+        Figure("alike", _title(means, study.full), caption, [("", panel(across, up, series, rules, _FRAME))], tables)
+    ]
 
 
 def _title(means: Mapping[tuple[Any, ...], float], full: int) -> str:

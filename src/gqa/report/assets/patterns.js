@@ -3,7 +3,7 @@
 (() => {
   const frame = document.querySelector(".looks");
   if (!frame) return;
-  const { attention_text: text, attention_maps: maps, attention_heads: figures } =
+  const { attention_text: text, attention_maps: maps, attention_heads: figures = [] } =
     JSON.parse(document.getElementById("record").textContent).results;
   const tokens = text.tokens, levels = text.alphabet.length - 1;
   const [model, layer, asks] = ["looks-model", "looks-layer", "looks-token"].map((id) => document.getElementById(id));
@@ -18,7 +18,7 @@
     return element;
   };
   const share = (head, t, s) => (text.alphabet.indexOf(shown.maps[head][(t * (t + 1)) / 2 + s]) / levels) ** 2;
-  const percent = (p) => `${(100 * p).toPrecision(p < 0.1 && p > 0 ? 1 : 2)} %`;
+  const percent = (p, digits = 1) => `${p < 0.0995 ? Number((100 * p).toPrecision(digits)) : Math.round(100 * p)} %`;
   const word = (t) => `“${/\S/.test(tokens[t]) ? tokens[t].trim() : tokens[t].replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣")}”`;
   const most = (head, t) => {
     const seen = Array.from({ length: t + 1 }, (_, s) => [share(head, t, s), s]);
@@ -80,7 +80,7 @@
     grid.querySelectorAll("canvas").forEach(paint);
     document.querySelector("#looks-heads tbody").replaceChildren(...shown.maps.map((_, head) => make("tr", {}, ...[
       head, of?.parent_heads[head], Math.floor(head / shared), of?.distance_tokens[head].toPrecision(3), of?.entropy_nats[head].toPrecision(3),
-      of && percent(of.first_share[head]), of && percent(of.previous_share[head]),
+      of && percent(of.first_share[head], 2), of && percent(of.previous_share[head], 2),
     ].map((value) => make("td", { textContent: value ?? "not measured" })))));
     point({ ...at, head: Math.min(at.head, heads - 1) });
   }
