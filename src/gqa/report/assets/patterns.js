@@ -70,9 +70,13 @@
         });
         return button;
       });
-      const title = make("h4", {}, make("i", {}), shown.kv_heads === 1 ? "the KV head" : `KV head ${group}`);
+      const name = shown.kv_heads === 1 ? "the KV head" : `KV head ${group}`;
+      const title = make("p", {}, make("i", {}), name);
       title.firstChild.style.background = hue(group, shown.kv_heads);
-      return make("div", { className: "kv" }, title, make("div", { className: "maps" }, ...drawn));
+      const shares = make("div", { className: "kv" }, title, make("div", { className: "maps" }, ...drawn));
+      shares.setAttribute("role", "group");
+      shares.setAttribute("aria-label", `read ${name}`);
+      return shares;
     });
     const grid = frame.querySelector(".kvs");
     grid.classList.toggle("many", heads > 16);
