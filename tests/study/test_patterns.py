@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_heads_that_are_copies_of_each_other_are_alike_where_the_groups_say_so(t
     model.float().save_pretrained(tmp_path / "parent")
     child.float().save_pretrained(tmp_path / "child")
     groups = {0: [[0, 2], [1, 3]], 1: [[0, 2], [1, 3]]}
-    found = measure(tmp_path / "parent", {2: Child(tmp_path / "child", groups)}, WINDOWS, Words())
+    found = measure(tmp_path / "parent", {2: Child(tmp_path / "child", groups)}, WINDOWS, cast(Any, Words()))
     alike = {(r["weights"], r["kv_heads"], r["layer"], r["grouping"]): r for r in found["attention_alike"]}
     for layer in (0, 1):
         assert alike["parent", 2, layer, "as converted"]["within_nats"] == pytest.approx(0, abs=1e-4)

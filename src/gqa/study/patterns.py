@@ -29,7 +29,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 LEVELS = len(ALPHABET) - 1
 MAP_TOKENS = 48
 MAP_CHARACTERS = 200_000  # of all maps together, as the page has to stay below 1 MB
-_FEWEST_TOKENS = 24
+_FEWEST_TOKENS = 16
 _ROWS = 32  # query tokens of a window at which heads are compared with each other
 _DIGITS = 4  # of what is written down
 
@@ -64,8 +64,8 @@ def measure(
     """Results for a study's record, of the parent, its children (KV heads -> child) and a random model.
 
     attention_text: the `tokens` of the maps, the start of the first window, and the map's `alphabet`; attention_maps: a
-    row per model and layer with a map per query head; attention_heads: a row per model and layer with figures per query
-    head; attention_alike: divergence of heads within and between groups. Empty for models that give no attention.
+    row per model and drawn layer with a map per query head; attention_heads: the same with figures per query head; attention_alike: divergence of heads within and between
+    groups, for every layer. Empty for models that give no attention.
     """
     from gqa.evaluate import load_model
 
@@ -81,6 +81,7 @@ def measure(
         rows["heads"] += [
             _figures(weights, kv_heads, heads, layer, of, _order(groups.get(layer), heads // full))
             for layer, of in enumerate(found)
+            if layer in drawn
         ]
         for layer, probabilities in enumerate(next(_attention(model, excerpt), ())):
             if layer in drawn:
@@ -190,7 +191,8 @@ def _extent(models: int, layers: int, heads: int, window: int) -> tuple[list[int
     for count in range(layers, 0, -1):
         for tokens in range(min(MAP_TOKENS, window), min(_FEWEST_TOKENS, window) - 1, -1):
             if models * count * heads * tokens * (tokens + 1) // 2 <= MAP_CHARACTERS:
-                return sorted({round(k * (layers - 1) / max(1, count - 1)) for k in range(count)}), tokens
+                spread = [round(k * (layers - 1) / (count - 1)) for k in range(count)] if count > 1 else [layers // 2]
+                return spread, tokens
     tokens = min(window, max(2, int((2 * MAP_CHARACTERS / (models * heads)) ** 0.5) - 1))
     return [layers // 2], tokens
 
