@@ -64,8 +64,8 @@ def measure(
     """Results for a study's record, of the parent, its children (KV heads -> child) and a random model.
 
     attention_text: the `tokens` of the maps, the start of the first window, and the map's `alphabet`; attention_maps: a
-    row per model and drawn layer with a map per query head; attention_heads: the same with figures per query head; attention_alike: divergence of heads within and between
-    groups, for every layer. Empty for models that give no attention.
+    row per model and drawn layer with a map per query head; attention_heads: the same with figures per query head;
+    attention_alike: divergence of heads within and between groups, for every layer. Empty for models that give no attention.
     """
     from gqa.evaluate import load_model
 
@@ -150,7 +150,8 @@ def random_like(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same shape with the weights that its class starts training from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(model)(model.config).to(device=model.device, dtype=model.dtype).eval()
+        made: Any = type(model)(model.config)
+    return made.to(device=model.device, dtype=model.dtype).eval()
 
 
 @torch.inference_mode()
