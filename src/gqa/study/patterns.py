@@ -65,7 +65,8 @@ def measure(
 
     attention_text: the `tokens` of the maps, the start of the first window, and the map's `alphabet`; attention_maps: a
     row per model and drawn layer with a map per query head; attention_heads: the same with figures per query head;
-    attention_alike: divergence of heads within and between groups, for every layer. Empty for models that give no attention.
+    attention_alike: divergence of heads within and between groups, for every layer. Empty for models that give no
+    attention.
     """
     from gqa.evaluate import load_model
 
