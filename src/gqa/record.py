@@ -83,7 +83,7 @@ def describe_machine() -> dict[str, Any]:
 def describe_versions() -> dict[str, str]:
     """Versions of Python, gqa and the libraries that decide results, without importing any of them."""
     versions = {"python": platform.python_version()}
-    for name in ("gqa", "torch", "transformers", "safetensors", "tokenizers", "numpy"):
+    for name in ("gqa", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm_eval"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

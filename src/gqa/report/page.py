@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import alternatives, dial, figures, forms, tables, words
+from gqa.report import alternatives, dial, figures, forms, patterns, tables, words
 from gqa.report.reading import Study, number
 from gqa.units import format_bytes, format_seconds
 
@@ -32,6 +32,7 @@ def render(record: Record) -> str:
     sections = section("saves", "What fewer KV heads save", "", figures_html(saves))
     sections += section("costs", "What they cost", _methods(study), figures_html(costs))
     sections += section("learning", "What it does to learning", "", figures_html(figures.gradient_figures(study)))
+    sections += section("heads", "What the heads look at", patterns.html(study), figures_html(patterns.figures(study)))
     return document(
         record,
         title=f"GQA study: {study.name}",
@@ -64,7 +65,7 @@ def document(
     """A whole page. title, name and finding are plain text, the others HTML; dial_data: what the dial shows, of a page
     that has one in its opening."""
     data = "" if dial_data is None else f'<script type="application/json" id="dial-data">{embedded(dial_data)}</script>'
-    scripts = ["record.js"] if dial_data is None else ["record.js", "dial.js", "alternatives.js"]
+    scripts = ["record.js"] if dial_data is None else ["record.js", "patterns.js", "dial.js", "alternatives.js"]
     return Template(asset("page.html")).substitute(
         title=escape(title),
         name=escape(name),
