@@ -98,8 +98,9 @@ def recipes(kv_heads: int) -> Iterator[tuple[str, int, Recipe]]:
     yield "mean", 0, make_recipe(kv_heads, "mean")
     for windows in CALIBRATION if kv_heads == KV_HEADS[0] else CALIBRATION[:1]:
         tokens = windows * WINDOW
-        yield "svd", windows, make_recipe(kv_heads, calibration_tokens=tokens)
-        yield "svd, refined", windows, make_recipe(kv_heads, calibration_tokens=tokens, refine_tokens=tokens)
+        fitted = {"calibration_tokens": tokens, "window": WINDOW}
+        yield "svd", windows, make_recipe(kv_heads, **fitted)
+        yield "svd, refined", windows, make_recipe(kv_heads, refine_tokens=tokens, **fitted)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.join:
         parts = [read_record(part) for part in chosen.join]
         rows = [row for part in parts for row in part.results["scaling"]]
-        joined = dataclasses.replace(made_of(rows), machine=parts[0].machine, versions=parts[0].versions)
+        first = parts[0]
+        joined = dataclasses.replace(
+            made_of(rows), inputs=first.inputs, machine=first.machine, versions=first.versions, created=first.created
+        )
         joined.write(path)
         return
     rows: list[dict[str, Any]] = list(read_record(path).results["scaling"]) if path.exists() else []

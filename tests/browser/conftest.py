@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.scaling_record import scaling_record
 from helpers.study_record import study_record, study_results
 from helpers.uptraining_record import uptraining_record
 
@@ -14,7 +15,7 @@ from gqa.config import parse_config
 from gqa.hardware import find_device
 from gqa.plan import sweep
 from gqa.record import Record
-from gqa.report import plan_page, uptraining_page
+from gqa.report import plan_page, scaling_page, uptraining_page
 from gqa.report.page import render
 from gqa.source import open_source
 from gqa.study.rows import planned as planned_rows
@@ -85,6 +86,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["study-plan"].write_text(render(study_with_plan()), encoding="utf-8")
     found["uptraining"] = folder / "uptraining.html"
     found["uptraining"].write_text(uptraining_page.render(uptraining_record()), encoding="utf-8")
+    found["scaling"] = folder / "scaling.html"
+    found["scaling"].write_text(scaling_page.render(scaling_record()), encoding="utf-8")
     for name, record in PLANS.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(plan_page.render(record), encoding="utf-8")
