@@ -9,7 +9,7 @@ import click
 
 from gqa.cli import eval_table, output
 from gqa.errors import GqaError
-from gqa.record import Record
+from gqa.record import Record, describe_versions
 from gqa.units import parse_share, parse_tokens
 
 _WINDOW = 256
@@ -173,7 +173,9 @@ def command(
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
         assumptions = (_OF_TEXT if texts else ()) + (_OF_TASKS if tasks else ())
-        output.record(Record("eval", inputs, results, dict.fromkeys(results, "measured"), assumptions))
+        versions = describe_versions(*(["lm_eval"] if tasks else []))
+        basis = dict.fromkeys(results, "measured")
+        output.record(Record("eval", inputs, results, basis, assumptions, versions=versions))
     else:
         eval_table.show(results, source.name)
     if not all(check["passed"] for check in checks):

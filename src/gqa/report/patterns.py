@@ -53,8 +53,9 @@ marked token. The maps follow the dial.</p>
 <output for="looks-token" id="looks-asks"></output></p>
 <div class="kvs"></div>
 <p class="told" id="looks-told" role="status"></p>
-<p class="note"><span class="scale" aria-hidden="true"></span> 0 to 100 % of a head's attention, on a scale of
-its square root, in {len(str(results["attention_text"]["alphabet"]))} levels. Arrow keys move over a map.</p>
+<p class="note"><span class="scale" aria-hidden="true"></span> 0 to <span id="looks-top"></span> of a head's attention,
+on a scale of the square root, in {len(str(results["attention_text"]["alphabet"]))} levels up to 100 %. Arrow keys move
+over a map.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Figures of these heads"><table id="looks-heads">
 <thead><tr>{head}</tr></thead><tbody></tbody></table></div>
 </div>
@@ -90,7 +91,7 @@ def figures(study: Study) -> list[Figure]:
     series = [one for one in series if one.points]
     if not series:
         return []
-    rules = [Rule("any two heads", fmean(every), inside=True)] if every else []
+    rules = [Rule("any two heads", fmean(every))] if every else []
     values = [*means.values(), *(rule.y for rule in rules)]
     across = axes.head_counts("KV heads", sorted({n for *_, n in means}))
     up = axes.linear("divergence of heads that share, nats", values, forms.tick)

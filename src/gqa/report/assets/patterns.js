@@ -9,6 +9,7 @@
   const [model, layer, asks] = ["looks-model", "looks-layer", "looks-token"].map((id) => document.getElementById(id));
   const told = document.getElementById("looks-told");
   let shown = null; // the row of maps on show
+  let top = 1;      // the share that is drawn darkest: the most in this layer, without the first tokens, who see few
   let stop = null;  // of the dial
   let at = { head: 0, t: Number(asks.value), s: null };
 
@@ -18,6 +19,7 @@
     return element;
   };
   const share = (head, t, s) => (text.alphabet.indexOf(shown.maps[head][(t * (t + 1)) / 2 + s]) / levels) ** 2;
+  const tint = (p) => Math.min(1, Math.sqrt(p / top));
   const percent = (p, digits = 1) => `${p < 0.0995 ? Number((100 * p).toPrecision(digits)) : Math.round(100 * p)} %`;
   const word = (t) => `“${/\S/.test(tokens[t]) ? tokens[t].trim() : tokens[t].replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣")}”`;
   const most = (head, t) => {
@@ -34,7 +36,7 @@
     brush.fillStyle = getComputedStyle(canvas).color;
     for (let t = 0; t < tokens.length; t++) {
       for (let s = 0; s <= t; s++) {
-        brush.globalAlpha = Math.sqrt(share(head, t, s));
+        brush.globalAlpha = tint(share(head, t, s));
         brush.fillRect(s, t, 1, 1);
       }
     }
@@ -45,6 +47,9 @@
     if (!shown) return;
     const heads = shown.maps.length, shared = heads / shown.kv_heads;
     const of = mine(figures);
+    const level = Math.max(...shown.maps.flatMap((map) => [...map.slice(10)].map((one) => text.alphabet.indexOf(one))));
+    top = (Math.max(1, level) / levels) ** 2;
+    document.getElementById("looks-top").textContent = percent(top, 2);
     const groups = Array.from({ length: shown.kv_heads }, (_, group) => {
       const drawn = Array.from({ length: shared }, (_, k) => {
         const head = group * shared + k;
@@ -104,7 +109,7 @@
     });
     document.querySelectorAll("#looks-heads tbody tr").forEach((row, k) => row.classList.toggle("here", k === head));
     document.querySelectorAll("#looks-text span").forEach((span, k) => {
-      span.style.setProperty("--p", k <= t ? Math.sqrt(share(head, t, k)).toFixed(3) : 0);
+      span.style.setProperty("--p", k <= t ? tint(share(head, t, k)).toFixed(3) : 0);
       span.className = k === t ? "asks" : k === s ? "asked" : k > t ? "later" : "";
     });
     const who = `Query head ${head}, reading ${shown.kv_heads === 1 ? "the KV head" : `KV head ${Math.floor((head * shown.kv_heads) / heads)}`}: from ${word(t)}`;
