@@ -13,7 +13,7 @@ from gqa.errors import GqaError
 
 
 class PagedLayer:
-    """One layer of a `PagedCache`. length: the tokens it has been given."""
+    """One layer of a `PagedCache`. length: the tokens that the longest sequence has been given there."""
 
     def __init__(self, cache: PagedCache, index: int) -> None:
         self.cache, self.index = cache, index
@@ -41,7 +41,7 @@ class PagedLayer:
     def span(self, tokens: int) -> tuple[int, int]:
         """How many keys there are after so many tokens more, and the position of the first of them.
 
-        The block table has room for up to a block more.
+        Of the longest sequence; the block table has room for up to a block more.
         """
         return self.length + tokens, 0
 
@@ -50,6 +50,9 @@ class PagedCache:
     """B sequences of a `BlockPool` that go forward together, layer by layer, as a model's forward does.
 
     Takes all tokens of every layer: a sliding window is the attention's to apply.
+
+    The sequences are equally long until `join` adds others, as when requests come and go. Then each takes its next
+    token at its own place, one token per step, and `length` is the longest one's.
 
     capacity: tokens per sequence to allocate at first, in a pool of its own that doubles when it is full.
     pool: live in this one instead, beside other caches, until `reset` gives the blocks back. Where it does not grow,
@@ -84,8 +87,13 @@ class PagedCache:
 
     @property
     def length(self) -> int:
-        """Tokens per sequence, those of a step in progress not counted until its last layer has them."""
+        """Tokens of the longest sequence, those of a step in progress not counted until its last layer has them."""
         return min((layer.length for layer in self.layers), default=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, those of a step in progress counted."""
+        return [self.pool.length(sequence) for sequence in self.sequences]
 
     @property
     def batch(self) -> int:
@@ -113,6 +121,12 @@ class PagedCache:
         if batch != len(self.sequences):
             raise GqaError("another number of sequences than the cache holds", got=batch, allowed=len(self.sequences))
         if length == self._length:
+            if tokens > 1 and len(set(self.lengths)) > 1:
+                raise GqaError(
+                    "sequences of different lengths go forward one token per step",
+                    got=f"{tokens} tokens behind {self.lengths}",
+                    hint="let each take its prompt in a PagedCache of its own, then join() them",
+                )
             self.last_step = self.pool.reserve(self.sequences, tokens)
             self._length += tokens
         elif self.last_step is None or length + tokens != self._length:
@@ -134,11 +148,29 @@ class PagedCache:
             other.layer(layer.index).length = layer.length
         return other
 
+    def join(self, other: PagedCache) -> None:
+        """Take over the sequences of another cache over the same pool, of whatever length, behind one's own; the other
+        is empty then. No copy is made. Raises GqaError amid a step of either, or for another pool."""
+        if other.pool is not self.pool or other is self:
+            raise GqaError("caches join that share a pool", hint="PagedCache(pool=pool) for both")
+        for cache in (self, other):
+            if any(layer.length != cache._length for layer in cache.layers):
+                raise GqaError("a cache joins no other amid a step", hint="crop it to what all layers hold")
+        for layer in other.layers:
+            self.layer(layer.index)
+        self.sequences += other.sequences
+        self._settle(max(self._length, other._length))
+        other.sequences = []
+        other._settle(0)
+
     def crop(self, length: int) -> None:
-        """Keep the first `length` tokens of every sequence."""
-        check_crop(length, 0, self.length)
-        for sequence in self.sequences:
-            self.pool.crop(sequence, length)
+        """Keep the first `length` tokens of every sequence; of different lengths, of the longest, and the others lose
+        as many tokens as that one."""
+        lengths = self.lengths
+        longest = max(lengths, default=0)
+        check_crop(length, longest - min(lengths, default=0), self.length)
+        for sequence, held in zip(self.sequences, lengths, strict=True):
+            self.pool.crop(sequence, held - (longest - length))
         self._settle(length)
 
     def reset(self) -> None:
@@ -154,7 +186,10 @@ class PagedCache:
         for sequence in self.sequences:
             self.pool.release(sequence)
         self.sequences = chosen
-        self.last_step = None
+        longest = max(self.lengths, default=0)
+        for layer in self.layers:
+            layer.length = max(0, layer.length - (self._length - longest))
+        self.last_step, self._length = None, longest
 
     def _settle(self, length: int) -> None:
         self.last_step, self._length = None, length

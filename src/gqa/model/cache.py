@@ -82,6 +82,9 @@ class GqaCache(Cache):
     pool: for "paged", a `BlockPool` to share with other caches; `reset` gives its blocks back. With dtype=torch.int8 it
     holds tokens as "int8" does. By default one of the cache's own, which grows and holds them as they are.
 
+    Paged caches over one pool `join`, each with sequences of its own length. The model then goes forward one token per
+    step, and must be told position_ids (B, 1), `lengths` before the step, which it would else take to be all alike.
+
     int8 and paged caches need attn_implementation="gqa"; another one raises GqaError when it meets them.
     Raises GqaError for a config whose layers are not all attention with keys and values of their own.
     """
@@ -129,6 +132,28 @@ class GqaCache(Cache):
         """transformers counts backwards: -2 removes the last two tokens."""
         self.store.crop(self.store.length - abs(tokens_to_remove))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence of a paged cache."""
+        return self._paged().lengths
+
+    def join(self, other: GqaCache) -> None:
+        """Take over the sequences of another paged cache over the same pool; the other is empty then."""
+        self._paged().join(other._paged())
+        while len(self.layers) < len(other.layers):
+            self.layers.append(self._new_layer())
+        for layer, theirs in zip(self.layers, other.layers, strict=False):
+            layer.is_initialized |= theirs.is_initialized
+
+    def fork(self) -> GqaCache:
+        """Another paged cache over the same pool that begins with these tokens, in the same blocks."""
+        twin = GqaCache(kind="paged", pool=self._paged().pool)
+        twin.store = self._paged().fork()
+        twin.layers = [GqaCacheLayer(block) for block in twin.store.layers]
+        for layer, mine in zip(twin.layers, self.layers, strict=True):
+            layer.is_initialized = mine.is_initialized
+        return twin
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.store.reset()
@@ -141,6 +166,11 @@ class GqaCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.store.select(indices)
+
+    def _paged(self) -> PagedCache:
+        if not isinstance(self.store, PagedCache):
+            raise GqaError(f"the sequences of a {self.kind} cache go together", hint='GqaCache(kind="paged")')
+        return self.store
 
     def _new_layer(self) -> GqaCacheLayer:
         return GqaCacheLayer(self.store.layer(len(self.layers)))
