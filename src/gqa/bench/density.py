@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gqa.bench.decode import evaluating
-from gqa.bench.timing import take_turns
+from gqa.bench.machine import Probe
+from gqa.bench.timing import Seconds, take_turns
 from gqa.cache.pool import BlockPool, PoolFullError
 from gqa.config import ModelShape
 from gqa.errors import GqaError
@@ -40,6 +41,9 @@ class Memory:
     int8: bool = False
 
     def kv_name(self, model: Any) -> str:
+        """The dtype of keys and values. Raises GqaError for a model that is in none of fp32, bf16 and fp16."""
+        if model.dtype not in DTYPE_NAMES:
+            raise GqaError("a model of this dtype is not timed", got=model.dtype, allowed="fp32, bf16, fp16")
         return "int8" if self.int8 else DTYPE_NAMES[model.dtype]
 
     def pool(self, model: Any) -> BlockPool:
@@ -48,8 +52,7 @@ class Memory:
         Raises GqaError where not even one fits, where the budget exceeds the memory of a CPU's machine, and for a model
         whose layers are not all attention with keys and values of their own.
         """
-        if model.dtype not in DTYPE_NAMES:
-            raise GqaError("a model of this dtype is not timed", got=model.dtype, allowed="fp32, bf16, fp16")
+        self.kv_name(model)
         present = describe_machine()["memory_bytes"]
         if model.device.type == "cpu" and present is not None and self.budget_bytes > present:
             raise GqaError(
@@ -78,20 +81,23 @@ def measure_density(
     context: int,
     device: Device,
     *,
+    read: Probe | None = None,
     repeats: int = 20,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Fill a real pool with sequences of `context` tokens until it refuses one; then decode them all, step by step.
 
     model: a transformers causal language model with attn_implementation="gqa" on the device. shape: its config as
-    the planner reads it, from which what fits is predicted first. device: gives the bound of the time. Keys and
-    values are random: time does not depend on them. A step gives every sequence its last token, over `context` keys,
-    and is taken back.
+    the planner reads it, from which what fits is predicted first. device: gives the bound of the time; read: run in
+    turns with the steps, gives its bandwidth instead. Keys and values are random: time does not depend on them. A step
+    gives every sequence its last token, over `context` keys, and is taken back.
 
-    Returns a flat row: kv_heads, queries_per_kv_head, context_tokens, kv_dtype, block_tokens; predicted:
-    pool_blocks_predicted, sequences_predicted, decode_seconds_bound, tokens_per_second_bound (the last two None where
-    the planner does not know the parameters); measured: pool_blocks, pool_bytes, sequences_fit,
-    seconds_per_step_p20, _p50, _p80, tokens_per_second, tokens_per_second_each (None where nothing fits).
+    Returns a flat row: kv_heads, queries_per_kv_head, context_tokens, dtype, kv_dtype, block_tokens.
+    predicted: pool_blocks_predicted, sequences_predicted, decode_seconds_bound and tokens_per_second_bound (None where
+    the planner does not know the parameters).
+    measured: pool_blocks, pool_bytes, sequences_fit; read_bytes_per_second of `read`, None without it;
+    seconds_per_step_p20, _p50, _p80, tokens_per_second, tokens_per_second_each.
+    Times and their bounds are None where nothing fits.
     Raises GqaError like `Memory.pool`, and for a context or repeats below 1.
     """
     if context < 1:
@@ -119,12 +125,14 @@ def measure_density(
         }
         if not cache.lengths:
             return row | dict.fromkeys(_SPEEDS)
-        timed = _time(
-            model, cache, repeats, lambda done: progress("decode", done, repeats, f"{shape.kv_heads} KV heads")
-        )
+        note = f"{shape.kv_heads} KV heads, {len(cache.lengths)} sequences"
+        timed, rate = _time(model, cache, read, repeats, lambda done: progress("decode", done, repeats, note))
+    if rate is not None:
+        device = dataclasses.replace(device, bandwidth_bytes_per_second=rate)
     batch = row["sequences_fit"]
     bound = decode_bound(shape, context, batch, kv, DTYPE_BYTES[row["dtype"]], device)
     return row | {
+        "read_bytes_per_second": rate,
         "seconds_per_step_p20": timed.p20,
         "seconds_per_step_p50": timed.p50,
         "seconds_per_step_p80": timed.p80,
@@ -136,6 +144,7 @@ def measure_density(
 
 
 _SPEEDS = (
+    "read_bytes_per_second",
     "seconds_per_step_p20",
     "seconds_per_step_p50",
     "seconds_per_step_p80",
@@ -181,18 +190,24 @@ def _cache(model: Any, pool: BlockPool) -> GqaCache:
     return GqaCache(config=model.config, kind="paged", pool=pool)
 
 
-def _time(model: Any, cache: GqaCache, repeats: int, on_round: Callable[[int], None]) -> Any:
-    """Seconds of a step of all sequences, each of which ends as it began."""
+def _time(
+    model: Any, cache: GqaCache, read: Probe | None, repeats: int, on_round: Callable[[int], None]
+) -> tuple[Seconds, float | None]:
+    """Of a step of all sequences, each of which ends as it began; and the rate of `read` in the same turns."""
     cache.crop(-1)
     ids = [[0]] * len(cache.lengths)
 
     def step(_: int) -> None:
         forward(model, cache, ids)[0, 0].item()  # waits for the device
 
-    return take_turns(
-        {"decode": step},
+    turns: dict[str, Callable[[int], object]] = {"decode": step}
+    if read is not None:
+        turns["read"] = lambda _: read.run()
+    timed = take_turns(
+        turns,
         repeats=repeats,
         warm_up=WARM_UP_STEPS,
         after={"decode": lambda: cache.crop(-1)},
         on_round=on_round,
-    )["decode"]
+    )
+    return timed["decode"], None if read is None else read.amount / timed["read"].p50

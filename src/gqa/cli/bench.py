@@ -105,7 +105,7 @@ def command(
     dtype = dtype or (shape and shape.weight_dtype) or DTYPE
     dtype_bytes(dtype)
     tokens = parse_tokens(context)
-    whole = source is not None and (layers is not None or _has_weights(source))
+    whole = source is not None and (layers is not None or memory is not None or _has_weights(source))
     if whole and dtype == "int8":
         raise GqaError("a model runs in fp32, bf16 or fp16", got="--dtype int8", allowed="fp32, bf16, fp16")
     query_heads, settings = _settings(shape, heads, kv_heads)

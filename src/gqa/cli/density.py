@@ -57,8 +57,9 @@ def measure(source: Source, settings: Sequence[int], whole: Callable[[], Any] | 
     dial = [_stop(config, source.name, kv_heads, asked) for kv_heads in settings]
     soaking = None
     if seconds is not None:
+        text = _tokens(source, asked.text)
         make = whole or _stop(config, source.name, whole_shape.kv_heads, asked)[1]
-        soaking = Soaking(make(), seconds, asked.seed, _tokens(source, asked.text))
+        soaking = Soaking(make(), seconds, asked.seed, text)
     inputs = {
         "model": source.name,
         "layers": asked.layers,
