@@ -1,6 +1,8 @@
 """What a GqaCache of each kind does between a model's forwards; test_served_models.py has whole generations."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -196,3 +198,18 @@ def test_paged_caches_join_and_only_those():
             one.join(whole)
         with pytest.raises(GqaError, match="go together"):
             whole.join(one)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["", "config"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_nobody_holds_gives_its_memory_back_at_once(kind, told):
+    model, ids = served_model("llama-gqa", "gqa"), prompts(padded=False)["input_ids"]
+    gc.disable()
+    try:
+        cache = gqa.hf.GqaCache(config=model.config if told else None, kind=kind)
+        forward(model, ids, cache)
+        store = weakref.ref(cache.store)
+        del cache
+        assert store() is None
+    finally:
+        gc.enable()

@@ -90,7 +90,7 @@ class _Soak:
         self.batch = Batch(model, pool)
         self.differences: list[list[Difference]] = []  # of each sequence that has any
         self.counts: collections.Counter[str] = collections.Counter()
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds = {"steps": 0.0, "alone": 0.0}
         self.resident = [0, 0]  # the most in the first half of the time, and since
 
     def run(self, seconds: float, progress: Progress) -> dict[str, Any]:

@@ -13,11 +13,16 @@ from gqa.errors import GqaError
 
 
 class PagedLayer:
-    """One layer of a `PagedCache`. length: the tokens that the longest sequence has been given there."""
+    """One layer of a `PagedCache`. The cache keeps what there is to know, and no layer: so memory is given back as soon
+    as the last one lets go of the cache, not when Python next looks for cycles."""
 
     def __init__(self, cache: PagedCache, index: int) -> None:
         self.cache, self.index = cache, index
-        self.length = 0
+
+    @property
+    def length(self) -> int:
+        """The tokens that the longest sequence has been given here."""
+        return self.cache.layer_length(self.index)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[Stored, Stored]:
         """Add k (B, H, T, D) and v (B, H, T, Dv); return all that is held: the pools, their block table and lengths.
@@ -28,7 +33,7 @@ class PagedLayer:
         self.cache.pool.check(self.index, k, v)
         step = self.cache.step(k.shape[0], self.length, k.shape[2])
         stored = self.cache.pool.write(self.index, step, k, v)
-        self.length += k.shape[2]
+        self.cache.advance(self.index, k.shape[2])
         return stored
 
     def stored(self) -> tuple[Stored, Stored]:
@@ -67,15 +72,19 @@ class PagedCache:
         self.capacity = capacity
         self.pool = BlockPool(0, grows=True) if pool is None else pool
         self.sequences: list[int] = []
-        self.layers: list[PagedLayer] = []
+        self._layer_lengths: list[int] = []
         self.last_step: Step | None = None  # until something else changes the sequences
         self._length = 0  # of the sequences in the pool; the layers still to be written in this step are behind
 
     def layer(self, index: int) -> PagedLayer:
         """Layer number `index`, from 0; made now if it is new."""
-        while len(self.layers) <= index:
-            self.layers.append(PagedLayer(self, len(self.layers)))
-        return self.layers[index]
+        self._layer_lengths += [0] * (index + 1 - len(self._layer_lengths))
+        return PagedLayer(self, index)
+
+    @property
+    def layers(self) -> list[PagedLayer]:
+        """All layers that were asked for so far."""
+        return [PagedLayer(self, index) for index in range(len(self._layer_lengths))]
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[Stored, Stored]:
         """Append k (B, H, T, D) and v (B, H, T, Dv) to a layer; return all it holds, as attention reads it."""
@@ -83,12 +92,16 @@ class PagedCache:
 
     def layer_length(self, layer: int) -> int:
         """Tokens that one layer has been given; 0 for a layer not seen yet."""
-        return self.layers[layer].length if layer < len(self.layers) else 0
+        return self._layer_lengths[layer] if layer < len(self._layer_lengths) else 0
+
+    def advance(self, layer: int, tokens: int) -> None:
+        """A layer has written its tokens of a step."""
+        self._layer_lengths[layer] += tokens
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence, those of a step in progress not counted until its last layer has them."""
-        return min((layer.length for layer in self.layers), default=0)
+        return min(self._layer_lengths, default=0)
 
     @property
     def lengths(self) -> list[int]:
@@ -144,8 +157,7 @@ class PagedCache:
         other = PagedCache(pool=self.pool)
         other.sequences = [self.pool.fork(sequence) for sequence in self.sequences]
         other._length = self._length
-        for layer in self.layers:
-            other.layer(layer.index).length = layer.length
+        other._layer_lengths = self._layer_lengths[:]
         return other
 
     def join(self, other: PagedCache) -> None:
@@ -154,10 +166,9 @@ class PagedCache:
         if other.pool is not self.pool or other is self:
             raise GqaError("caches join that share a pool", hint="PagedCache(pool=pool) for both")
         for cache in (self, other):
-            if any(layer.length != cache._length for layer in cache.layers):
+            if any(length != cache._length for length in cache._layer_lengths):
                 raise GqaError("a cache joins no other amid a step", hint="crop it to what all layers hold")
-        for layer in other.layers:
-            self.layer(layer.index)
+        self.layer(len(other._layer_lengths) - 1)
         self.sequences += other.sequences
         self._settle(max(self._length, other._length))
         other.sequences = []
@@ -187,11 +198,9 @@ class PagedCache:
             self.pool.release(sequence)
         self.sequences = chosen
         longest = max(self.lengths, default=0)
-        for layer in self.layers:
-            layer.length = max(0, layer.length - (self._length - longest))
+        self._layer_lengths = [max(0, length - (self._length - longest)) for length in self._layer_lengths]
         self.last_step, self._length = None, longest
 
     def _settle(self, length: int) -> None:
         self.last_step, self._length = None, length
-        for layer in self.layers:
-            layer.length = length
+        self._layer_lengths = [length] * len(self._layer_lengths)

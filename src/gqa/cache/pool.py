@@ -51,7 +51,7 @@ class Step:
             return self
         if device not in self._copies:
             self._copies[device] = Step(
-                *_copies((self.blocks, self.offsets, self.table, self.lengths), device), self.ragged
+                *_copies((self.blocks, self.offsets, self.table, self.lengths), device), ragged=self.ragged
             )
         return self._copies[device]
 
@@ -276,7 +276,7 @@ class BlockPool:
         positions = lengths[:, None] - tokens + np.arange(tokens)
         blocks = np.take_along_axis(table, positions // self.block, axis=1)
         ragged = len(set(lengths.tolist())) > 1
-        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)), ragged)
+        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)), ragged=ragged)
 
     def _shared_tails(self, held: list[_Held]) -> list[_Held]:
         """Those whose last block has room, but others have it too: they need a copy to write to.

@@ -107,10 +107,21 @@ class GqaCache(Cache):
         else:
             raise GqaError("an unknown kind of cache", got=repr(kind), allowed="contiguous, paged, int8")
         self.kind = kind
+        self._makes_layers = config is None
         if config is None:
-            super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+            super().__init__(layer_class_to_replicate=GqaCacheLayer)
         else:
             super().__init__(layers=[GqaCacheLayer(self.store.layer(index)) for index in range(len(windows))])
+
+    @property
+    def layer_class_to_replicate(self) -> Any:
+        """What transformers calls for a layer it has not seen yet. Made when asked for: a cache that held a method of
+        its own would keep its memory until Python looks for cycles."""
+        return self._new_layer if self._makes_layers else None
+
+    @layer_class_to_replicate.setter
+    def layer_class_to_replicate(self, value: Any) -> None:
+        """transformers' __init__ sets one."""
 
     @property
     def blocks(self) -> list[Any]:
@@ -140,18 +151,22 @@ class GqaCache(Cache):
     def join(self, other: GqaCache) -> None:
         """Take over the sequences of another paged cache over the same pool; the other is empty then."""
         self._paged().join(other._paged())
-        while len(self.layers) < len(other.layers):
-            self.layers.append(self._new_layer())
-        for layer, theirs in zip(self.layers, other.layers, strict=False):
-            layer.is_initialized |= theirs.is_initialized
+        mine: list[Any] = self.layers
+        theirs: list[Any] = other.layers
+        while len(mine) < len(theirs):
+            mine.append(self._new_layer())
+        for layer, joined in zip(mine, theirs, strict=False):
+            layer.is_initialized |= joined.is_initialized
 
     def fork(self) -> GqaCache:
         """Another paged cache over the same pool that begins with these tokens, in the same blocks."""
         twin = GqaCache(kind="paged", pool=self._paged().pool)
         twin.store = self._paged().fork()
-        twin.layers = [GqaCacheLayer(block) for block in twin.store.layers]
-        for layer, mine in zip(twin.layers, self.layers, strict=True):
-            layer.is_initialized = mine.is_initialized
+        layers: list[Any] = self.layers
+        for layer in layers:
+            copied = twin._new_layer()
+            copied.is_initialized = layer.is_initialized
+            twin.layers.append(copied)
         return twin
 
     def reset(self) -> None:
