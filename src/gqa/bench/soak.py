@@ -110,7 +110,7 @@ class _Soak:
                 following = None
             late = int(passed >= seconds / 2)
             self.resident[late] = max(self.resident[late], resident_bytes() or 0)
-            note = f"{self.counts['sequences']} sequences ended, {len(self.differences)} with differences"
+            note = f"{self.counts['sequences']} ended, {len(self.differences)} differ, {len(self.batch.running)} run"
             progress("soak", min(int(passed), int(seconds)), int(seconds) + 1, note)
         gc.collect()
         progress("soak", int(seconds) + 1, int(seconds) + 1, note)
