@@ -113,7 +113,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
     def rate(name: str) -> str:
         return "-" if row[name] is None else f"{row[name]:,.4g}"
 
-    step = row["seconds_per_step_p50"]
+    step, bound = row["seconds_per_step_p50"], row["tokens_per_second_bound"]
     return {
         "KV heads": str(row["kv_heads"]),
         "fit, predicted": f"{row['sequences_predicted']:,}",
@@ -122,6 +122,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
         "tokens per second": rate("tokens_per_second"),
         "of each": rate("tokens_per_second_each"),
         "at best (predicted)": rate("tokens_per_second_bound"),
+        "of best": "-" if bound is None else f"{row['tokens_per_second'] / bound:.0%}",
     }
 
 
