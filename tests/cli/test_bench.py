@@ -234,6 +234,8 @@ def test_density_of_a_shape_without_weights_in_int8(bench, folder):
     row = out.splitlines()[4].split()
     block = 8 * 2 * 2 * (8 + 4)  # tokens, K and V, KV heads, D and a scale
     assert row[:3] == ["2", *[str(100 * 1024 // block // 3)] * 2]
+    _, out, _ = bench(folder, "--kv-heads", "2", *SERVING, "--soak", "0.1s")
+    assert "with random weights (measured)" in out
     code, out, err = bench(folder, "--kv-heads", "2", *SERVING, "--memory", "1KiB")
     assert (code, out) == (2, "")
     assert "not even one block fits" in err

@@ -106,7 +106,7 @@ def show(record: Record) -> None:
     )
     output.table([_row(row) for row in record.results["density"]])
     if record.results["soak"]:
-        _show_soak(record.results["soak"])
+        _show_soak(record.results["soak"], " with random weights" if inputs["soak_random_weights"] else "")
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -126,11 +126,11 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _show_soak(soak: Mapping[str, Any]) -> None:
+def _show_soak(soak: Mapping[str, Any], weights: str) -> None:
     wrong = soak["texts_wrong"]
     speed = "-" if soak["tokens_per_second"] is None else f"{soak['tokens_per_second']:,.4g}"
     output.data(
-        f"\nSoak of {format_seconds(soak['seconds'])} (measured): {soak['sequences']:,} sequences came and went,"
+        f"\nSoak of {format_seconds(soak['seconds'])}{weights} (measured): {soak['sequences']:,} sequences came and went,"
         f" at most {soak['sequences_at_once']:,} at once, {soak['sequences_shared']:,} began in another's blocks;"
         f" {soak['new_tokens']:,} new tokens, {speed} per second"
     )
