@@ -130,8 +130,8 @@ def _show_soak(soak: Mapping[str, Any], weights: str) -> None:
     wrong = soak["texts_wrong"]
     speed = "-" if soak["tokens_per_second"] is None else f"{soak['tokens_per_second']:,.4g}"
     output.data(
-        f"\nSoak of {format_seconds(soak['seconds'])}{weights} (measured): {soak['sequences']:,} sequences came and went,"
-        f" at most {soak['sequences_at_once']:,} at once, {soak['sequences_shared']:,} began in another's blocks;"
+        f"\nSoak of {format_seconds(soak['seconds'])}{weights} (measured): {soak['sequences']:,} sequences came and"
+        f" went, at most {soak['sequences_at_once']:,} at once, {soak['sequences_shared']:,} began in another's blocks;"
         f" {soak['new_tokens']:,} new tokens, {speed} per second"
     )
     output.data(
