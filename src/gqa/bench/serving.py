@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gqa.bench.commit import commit
 from gqa.bench.density import DTYPE_NAMES, Memory, measure_density
 from gqa.bench.device import measure_device
 from gqa.bench.document import ABOUT_DENSITY, ABOUT_SOAK, record
@@ -46,6 +47,7 @@ def bench_serving(
     measurements.
     """
     hf.register()
+    measured = commit()  # what runs from here on, whatever the checkout becomes in an hour
     limits = measure_device(device)
     read = limits.read if device == "cpu" else None  # on a GPU a copy may be faster, and its clock is another
     rows = []
@@ -62,7 +64,7 @@ def bench_serving(
         soaked = soak(model, memory, context, soaking.seconds, seed=soaking.seed, text=soaking.text, progress=progress)
     return record(
         "bench",
-        (inputs or {}) | {"device": device, "repeats": repeats},
+        (inputs or {}) | {"device": device, "repeats": repeats, "commit": measured},
         {"machine": dataclasses.asdict(limits.machine), "density": rows, "soak": soaked},
         ABOUT_DENSITY + (ABOUT_SOAK if soaking else ()),
     )
