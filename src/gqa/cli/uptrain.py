@@ -90,8 +90,15 @@ def command(
     text = read_text(texts)
     assert source.folder is not None
 
-    from gqa.uptrain import training_windows, uptrain
-    from gqa.uptrain.loop import LEARNING_RATE
+    from gqa.uptrain import Settings, training_windows, uptrain
+    from gqa.uptrain.settings import LEARNING_RATE
+
+    settings = Settings(
+        distill_weight=distill_weight,
+        batch=batch,
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+        seed=seed,
+    )
 
     available = token_windows(text, load_tokenizer(source.folder), length)
     windows = training_windows(available, train_tokens, batch, seed)
@@ -106,10 +113,7 @@ def command(
             out,
             windows=windows,
             parent_folder=teacher,
-            distill_weight=distill_weight,
-            batch=batch,
-            learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
-            seed=seed,
+            settings=settings,
             progress=progress,
         )
     if as_json:

@@ -17,6 +17,7 @@ import torch
 from gqa.errors import GqaError
 from gqa.evaluate.load import quiet_transformers
 from gqa.record import write_text_atomic
+from gqa.uptrain.data import TrainingText
 from gqa.weights.reader import Checkpoint
 from gqa.weights.writer import check_space, sync_folder
 
@@ -43,15 +44,17 @@ class Job:
 
 
 def find_job(
-    source: Checkpoint, parent: Checkpoint | None, windows: np.ndarray, asked: dict[str, Any], out: Path
+    source: Checkpoint, parent: Checkpoint | None, text: TrainingText, asked: dict[str, Any], out: Path
 ) -> Job:
     """Find out whether this uptraining is new, was interrupted or is done.
 
     Raises GqaError if `out` or its working folder belongs to something else.
     """
-    what = [source.fingerprint(), parent and parent.fingerprint(), list(windows.shape), asked]
+    what = [source.fingerprint(), parent and parent.fingerprint(), [len(text.order), text.length], asked]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    digest.update(np.ascontiguousarray(windows, dtype=np.int64).tobytes())
+    for piece in text.pieces():
+        digest.update(piece.tobytes())
+    digest.update(np.ascontiguousarray(text.held_out, dtype=np.int64).tobytes())
     job = Job(digest.hexdigest(), out, out.with_name(out.name + ".partial"), done=False)
     if os.path.lexists(out):
         if _identity(out / REPORT) != job.identity:
@@ -78,9 +81,12 @@ def begin(job: Job, source: Checkpoint) -> None:
         return
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        check_space(job.out.parent, 7 * source.nbytes)  # two checkpoints with two moments of Adam each, and the result
+        # Two checkpoints in fp32 with two moments of Adam each, and the result as it was stored.
+        checkpoint = 3 * source.nbytes * 4 // _stored_dtype(source).itemsize
+        check_space(job.out.parent, 2 * checkpoint + source.nbytes)
         # The mark comes with the folder, so that no kill leaves a working folder that nobody owns.
-        begun = job.working.with_name(f".{job.working.name}.{os.getpid()}")
+        begun = job.working.with_name(f".{job.working.name}.begun")
+        shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
         write_text_atomic(begun / _JOB, json.dumps({"identity": job.identity}))
         os.rename(begun, job.working)
