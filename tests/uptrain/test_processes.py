@@ -18,17 +18,18 @@ from gqa.uptrain.loop import micro_batch
 from gqa.uptrain.processes import Processes
 
 STEPS = 10
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 RATE = 3e-3
 
 
-class Interrupted(Exception):
+class Stopped(KeyboardInterrupt):
     pass
 
 
 def interrupt(step):
     def progress(stage, done, total, note=""):
         if done == step:
-            raise Interrupted
+            raise Stopped
 
     return progress
 
@@ -40,7 +41,7 @@ class Runs:
         self.child = noisy_child(self.parent, folder / "child")
         self.windows = windows[: 8 * STEPS]
         np.save(folder / "windows.npy", self.windows)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stopped):
             self.alone("resumed", progress=interrupt(5))
         jobs = [
             self.job("together"),
@@ -50,8 +51,7 @@ class Runs:
         ]
         (folder / "jobs").write_text(json.dumps(jobs))
         self.ended = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + [str(Path(__file__).with_name("worker.py")), str(folder / "jobs")],
+            [*TORCHRUN, str(Path(__file__).with_name("worker.py")), str(folder / "jobs")],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -65,3 +65,15 @@ class TrainingText:
         """All windows in the order of training, some at a time, so that they need not fit into memory at once."""
         for start in range(0, len(self.order), 4096):
             yield np.ascontiguousarray(self.windows[self.order[start : start + 4096]], dtype=np.int64)
+
+
+def training_text(windows: np.ndarray, tokens: int, batch: int, seed: int = 0, held_out: int = 0) -> TrainingText:
+    """`training_windows`, without a copy, after a seeded choice of windows to hold out."""
+    if not held_out:
+        return TrainingText(windows, training_order(len(windows), windows.shape[1], tokens, batch, seed), windows[:0])
+    if len(windows) <= held_out:
+        raise GqaError("the text is too short to hold windows out", got=f"{len(windows)} windows")
+    shuffled = np.random.default_rng([seed, held_out]).permutation(len(windows))
+    kept = np.sort(shuffled[held_out:])
+    order = kept[training_order(len(kept), windows.shape[1], tokens, batch, seed)]
+    return TrainingText(windows, order, np.asarray(windows[np.sort(shuffled[:held_out])]))

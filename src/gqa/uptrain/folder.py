@@ -18,6 +18,7 @@ from gqa.errors import GqaError
 from gqa.evaluate.load import quiet_transformers
 from gqa.record import write_text_atomic
 from gqa.uptrain.data import TrainingText
+from gqa.uptrain.stream import StreamedText
 from gqa.weights.reader import Checkpoint
 from gqa.weights.writer import check_space, sync_folder
 
@@ -44,17 +45,20 @@ class Job:
 
 
 def find_job(
-    source: Checkpoint, parent: Checkpoint | None, text: TrainingText, asked: dict[str, Any], out: Path
+    source: Checkpoint, parent: Checkpoint | None, text: TrainingText | StreamedText, asked: dict[str, Any], out: Path
 ) -> Job:
     """Find out whether this uptraining is new, was interrupted or is done.
 
     Raises GqaError if `out` or its working folder belongs to something else.
     """
-    what = [source.fingerprint(), parent and parent.fingerprint(), [len(text.order), text.length], asked]
+    streamed = isinstance(text, StreamedText)
+    size = text.identity() if streamed else [len(text.order), text.length]
+    what = [source.fingerprint(), parent and parent.fingerprint(), size, asked]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    for piece in text.pieces():
-        digest.update(piece.tobytes())
-    digest.update(np.ascontiguousarray(text.held_out, dtype=np.int64).tobytes())
+    if not streamed:
+        for piece in text.pieces():
+            digest.update(piece.tobytes())
+        digest.update(np.ascontiguousarray(text.held_out, dtype=np.int64).tobytes())
     job = Job(digest.hexdigest(), out, out.with_name(out.name + ".partial"), done=False)
     if os.path.lexists(out):
         if _identity(out / REPORT) != job.identity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from gqa.uptrain.loop import Loop, micro_batch, use_half
 from gqa.uptrain.parts import choose, write_back
 from gqa.uptrain.processes import Processes, processes
 from gqa.uptrain.settings import Settings
+from gqa.uptrain.stream import StreamedText
 from gqa.weights.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def uptrain(
     model_folder: Path | str,
     out: Path | str,
     *,
-    windows: np.ndarray | TrainingText,
+    windows: np.ndarray | TrainingText | StreamedText,
     parent_folder: Path | str | None = None,
     settings: Settings | None = None,
     progress: Progress = silent,
@@ -54,7 +56,7 @@ def uptrain(
     means over the last 10 steps, on training text), stopped_early, held_out_gaps and what was asked.
     Raises GqaError for folders that do not load, windows that do not fit, and an `out` that is something else.
     """
-    text = windows if isinstance(windows, TrainingText) else TrainingText.of(windows)
+    text = TrainingText.of(windows) if isinstance(windows, np.ndarray) else windows
     parent_folder = None if parent_folder is None else Path(parent_folder)
     world = processes()
     run = _Run(
@@ -73,7 +75,7 @@ def uptrain(
 class _Run:
     folder: Path
     out: Path
-    text: TrainingText
+    text: Any  # TrainingText, after a StreamedText has been read
     parent_folder: Path | None
     settings: Settings
     world: Processes
@@ -82,11 +84,11 @@ class _Run:
     def work(self) -> dict[str, Any]:
         text, settings = self.text, self.settings
         micro_batch(settings, self.world)
-        if len(text.order) < settings.batch:
+        if isinstance(text, TrainingText) and len(text.order) < settings.batch:
             raise GqaError(
                 "less text than one batch", got=f"{len(text.order)} windows", allowed=f"{settings.batch} or more"
             )
-        if settings.early_stop and (self.parent_folder is None or not len(text.held_out)):
+        if settings.early_stop and (self.parent_folder is None or not np.size(text.held_out)):
             raise GqaError("an early stop needs a parent and windows that are held out")
         source = Checkpoint(self.folder)
         parent = None if self.parent_folder is None else Checkpoint(self.parent_folder)
@@ -97,7 +99,10 @@ class _Run:
 
         model = self._load(self.folder, torch.float32)  # in half precision small updates would vanish
         vocabulary = model.config.get_text_config().vocab_size
-        for piece in text.pieces():
+        if isinstance(text, StreamedText):
+            self.world.agree(lambda: self._pack(text, job, source))
+            self.text = text.open(job.working)
+        for piece in self.text.pieces():
             check_windows(piece, vocabulary, "the model")
         choose(model, read_json(self.folder / "config.json"), settings)
         teacher = None if parent is None else self._teacher(parent, vocabulary, job)
@@ -105,7 +110,7 @@ class _Run:
         weight = asked["distill_weight"]
         checkpoints = job.working / "checkpoints"
         with quiet_transformers():
-            loop = Loop(model, teacher, text, settings, weight, checkpoints, self.world, self.progress)
+            loop = Loop(model, teacher, self.text, settings, weight, checkpoints, self.world, self.progress)
             trace = loop.run()
         report = self._report(asked, trace, loop.steps)
         result = self._result(model)
@@ -114,6 +119,14 @@ class _Run:
 
     def _load(self, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, processes=self.world.count)
+
+    def _pack(self, text: StreamedText, job: Job, source: Checkpoint) -> None:
+        begin(job, source)
+        try:
+            text.pack(job.working, self.progress)
+        except GqaError:
+            shutil.rmtree(job.working)  # without windows there is nothing yet that could be gone on with
+            raise
 
     def _teacher(self, source: Checkpoint, vocabulary: int, job: Job) -> teachers.Teacher:
         """The parent, or what it wrote to the folder of settings.teacher_logits."""
