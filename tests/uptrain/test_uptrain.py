@@ -1,11 +1,4 @@
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,47 +149,3 @@ def test_an_output_of_something_else_stays_untouched(parent, tmp_path):
     with pytest.raises(GqaError, match="interrupted"):
         uptrain(folder, tmp_path / "other", windows=windows[:8])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "other.partial", "out"]
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_weights(parent, tmp_path):
-    folder, windows = parent
-    np.save(tmp_path / "windows.npy", windows[:120])
-    program = (
-        "import sys, numpy; from gqa.uptrain import Settings, uptrain\n"
-        "uptrain(sys.argv[1], sys.argv[2], windows=numpy.load(sys.argv[3]), parent_folder=sys.argv[1],\n"
-        "        settings=Settings(batch=2), progress=lambda *stage: print(stage[1], flush=True))\n"
-    )
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", program, str(folder), str(out), str(tmp_path / "windows.npy")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    steps = random.Random(0)
-    first_steps = []
-    for low, high in ((14, 30), (40, 58)):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        target = steps.randint(low, high)
-        seen = [int(next(process.stdout))]
-        while seen[-1] < target:
-            seen.append(int(next(process.stdout)))
-        time.sleep(steps.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        first_steps.append(seen[0])
-        assert not out.exists()
-    assert first_steps[0] == 1
-    assert first_steps[1] > 12  # from a checkpoint
-
-    # What a kill in the midst of a checkpoint leaves: a folder without our mark.
-    torn = tmp_path / "out.partial" / "checkpoints" / "checkpoint-59"
-    torn.mkdir()
-    (torn / "trainer_state.json").write_text("{")
-    report = uptrain(folder, out, windows=windows[:120], parent_folder=folder, settings=Settings(batch=2))
-    undisturbed = tmp_path / "undisturbed"
-    assert (
-        uptrain(folder, undisturbed, windows=windows[:120], parent_folder=folder, settings=Settings(batch=2))["steps"]
-        == report["steps"]
-    )
-    one, other = (load_file(path / "model.safetensors") for path in (out, undisturbed))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    assert not Path(f"{out}.partial").exists()
