@@ -3,8 +3,8 @@
     killer.py MODEL WINDOWS OUT SEED KILLS
 
 The moments are calls that change the disk (a rename, an fsync, a deletion, ...), where a kill hurts most; every third
-is a moment in time. This process forks and never calculates, so that a try costs no start of Python. It prints a line per
-kill and ends with 1 if what a kill left is not whole.
+is a moment in time. This process forks and never calculates, so that a try costs no start of Python. It prints a line
+per kill and ends with 1 if what a kill left is not whole.
 """
 
 import os
@@ -23,7 +23,8 @@ from gqa.uptrain import Settings, uptrain
 
 LOADED = (AutoModelForCausalLM, LlamaForCausalLM)  # here, and not in every process
 CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
-model, windows, out, seed, kills = sys.argv[1], np.load(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+model, windows, out = sys.argv[1], np.load(sys.argv[2]), Path(sys.argv[3])
+seed, kills = int(sys.argv[4]), int(sys.argv[5])
 
 
 def count_calls(die_at, tell):

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers.uptraining import noisy_child, parent_and_windows, weights
 
+from gqa.cli.uptrain import command
 from gqa.errors import GqaError
 from gqa.uptrain import Settings, uptrain
 from gqa.uptrain.loop import micro_batch
@@ -43,10 +45,13 @@ class Runs:
         np.save(folder / "windows.npy", self.windows)
         with pytest.raises(Stopped):
             self.alone("resumed", progress=interrupt(5))
+        lines = "".join(json.dumps({"text": f"def f{n}(x):\n    return x + {n}\n"}) + "\n" for n in range(400))
+        (folder / "text.jsonl").write_text(lines)
         jobs = [
             self.job("together"),
             self.job("resumed"),
             self.job("lora", train="lora"),
+            {"command": self.command("streamed")},
             self.job("died") | {"die": 7},
         ]
         (folder / "jobs").write_text(json.dumps(jobs))
@@ -62,6 +67,12 @@ class Runs:
         folders = {"model_folder": self.child, "out": self.folder / out, "parent_folder": self.parent}
         told = {"windows": self.folder / "windows.npy", **folders}
         return {**{name: str(path) for name, path in told.items()}, "settings": {"learning_rate": RATE, **settings}}
+
+    def command(self, out):
+        """Text that is streamed, predictions that are stored and read again, an early stop that is looked for."""
+        given = (self.child, self.folder / out, "--parent", self.parent, "--text", self.folder / "text.jsonl")
+        stored = ("--teacher-logits", self.folder / f"{out}-logits", "--top-k", 20, "--early-stop", "--micro-batch", 2)
+        return [*map(str, given), "--tokens", "2048", "--window", "32", *map(str, stored), "--json"]
 
     def alone(self, out, progress=lambda *stage: None, **settings):
         arguments = {"windows": self.windows, "parent_folder": self.parent, "progress": progress}
@@ -82,7 +93,9 @@ def close(one, other):
 
 
 def test_the_weights_are_shards_and_the_losses_those_of_one_process(runs):
-    assert all(job["sharded"] for rank in runs.seen for job in rank if job is not rank[2])  # adapters are no shards
+    sharded = [job["sharded"] for job in runs.seen[0]]
+    assert sharded == [job["sharded"] for job in runs.seen[1]]
+    assert sharded == [True, True, False, True, True]  # low-rank updates are in one piece
     from gqa.uptrain import run
     from gqa.uptrain.loop import Loop
 
@@ -126,7 +139,7 @@ def test_a_run_of_one_process_goes_on_in_two(runs):
 
 def test_a_worker_that_dies_ends_the_run_and_one_process_goes_on_with_it(runs):
     assert runs.ended.returncode != 0
-    assert sorted(runs.steps(3)) == list(range(7))
+    assert sorted(runs.steps(4)) == list(range(7))
     partial = runs.folder / "died.partial"
     assert sorted(path.name for path in (partial / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert len(list((partial / "checkpoints" / "checkpoint-6").glob("*.safetensors"))) == 2
@@ -146,6 +159,22 @@ def test_low_rank_updates_are_the_same_in_two_processes(runs):
     for name in one:
         assert torch.equal(one[name], start[name]) == (".self_attn." not in name), name
         assert (one[name] - two[name]).abs().max() <= 0.01 * (one[name] - start[name]).abs().max() + 1e-6, name
+
+
+def test_the_command_prints_once_and_gives_what_it_gives_alone(runs):
+    told = json.loads(runs.ended.stdout)  # one document, of one process
+    alone = CliRunner().invoke(command, runs.command("streamed-alone"), catch_exceptions=False, standalone_mode=False)
+    expected = json.loads(alone.stdout)["results"]
+    assert told["results"]["steps"] == expected["steps"] == 8
+    for name in ("final_cross_entropy_nats", "final_kl_to_parent_nats"):
+        assert close(told["results"][name], expected[name])
+    for one, other in zip(told["results"]["held_out_gaps"], expected["held_out_gaps"], strict=True):
+        assert one["step"] == other["step"]
+        assert one["kl_to_parent_nats"] == pytest.approx(other["kl_to_parent_nats"], rel=1e-3)
+    one, other = (np.load(runs.folder / f"{out}-logits" / "ids.npy") for out in ("streamed", "streamed-alone"))
+    assert one.shape == (64 + 64, 31, 20)
+    assert (one == other).mean() > 0.99  # predictions that are as likely may change places
+    assert "next: gqa eval" in runs.ended.stderr
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():

@@ -1,7 +1,7 @@
 """Runs uptrainings in the process that torchrun started: `worker.py JOBS`, a JSON list of what to call `uptrain` with.
 
 Each process writes what it saw of every step, and whether all its weights were shards, to JOBS.RANK. A job with `die`
-ends with SIGKILL in the last process before that step.
+ends with SIGKILL in the last process before that step. A job with `command` is arguments of `gqa uptrain`.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch.distributed.tensor import DTensor
 
+from gqa.cli.uptrain import command
 from gqa.uptrain import Settings, run
 from gqa.uptrain.loop import Loop
 
@@ -37,6 +38,9 @@ class Watched(Loop):
 
 run.Loop = Watched
 for job in json.loads(Path(sys.argv[1]).read_text()):
+    if "command" in job:
+        command.main(job["command"], standalone_mode=False)
+        continue
     Watched.die = job.pop("die", None)
     windows, settings = np.load(job.pop("windows")), Settings(**job.pop("settings"))
     run.uptrain(**job, windows=windows, settings=settings)

@@ -93,7 +93,7 @@ class Loop:
             self.trace = load(last, self.model, self.optimizer, self.world)
         self.model.train()
         if self.settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(self.model)
         board = Board(self.settings.tensorboard if self.world.first else None, self.trace["step"])
         began = time.perf_counter() - self.trace["seconds"]
         interval = self.settings.interval(self.steps)
@@ -143,3 +143,12 @@ class Loop:
         gap = measure_gap(self.model, self.teacher, self.text, self.micro, self.world, half=self.half)
         self.trace["gaps"] = [*self.trace["gaps"], (step, gap)]
         board.write(step, held_out_gap=gap)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have activations computed again in the backward pass. transformers renames this in version 6."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise GqaError("this architecture has no gradient checkpointing", got=str(error).splitlines()[0]) from None
