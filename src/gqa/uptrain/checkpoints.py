@@ -26,7 +26,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; what a kill left of others is deleted."""
     complete = []
     for path in folder.glob("checkpoint-*"):
-        if path.suffix != ".saving" and (path / _TRACE).exists():
+        if not path.suffix and (path / _TRACE).exists():
             complete.append(path)
         else:
             shutil.rmtree(path)
@@ -58,10 +58,11 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.rename(begun, final)
         sync_folder(folder)
-        older = sorted((path for path in folder.glob("checkpoint-*") if path != final), key=_step)
+        older = sorted((path for path in folder.glob("checkpoint-*") if path != final and not path.suffix), key=_step)
         for path in older[:-1]:
-            (path / _TRACE).unlink(missing_ok=True)  # first, so that no kill leaves half of one that looks whole
-            shutil.rmtree(path, ignore_errors=True)
+            gone = path.with_suffix(".gone")  # so that no kill leaves half of one that looks whole
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     world.agree(begin)
     # HuggingFaceStorageWriter: safetensors, where torch's own format has pickles. It brings the files to the disk.
