@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ from gqa.record import read_record
 COMMAND = "benchmark gpu"
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = ("tests/ops/test_triton*.py", "tests/bench/test_gpu.py")
-TEST_PROCESSES = 8  # where pytest can share its tests out: they wait for compilers most of the time
+TEST_PROCESSES = len(os.sched_getaffinity(0))  # where pytest can share its tests out: most time is the compiler's
 
 # Seconds.
 RESERVE = 25  # for the last row's end and the tables

@@ -73,7 +73,7 @@ def fits(problem: Problem, memory_bytes: int) -> bool:
 
 def compiled(problem: Problem) -> bool:
     """Whether FlexAttention takes part, which compiles for each shape, some ten seconds."""
-    return problem in headline_decode()[:2] or (problem.query_heads == 32 and problem in prompts("bf16"))
+    return problem == headline_decode()[1] or (problem.query_heads == 32 and problem in prompts("bf16")[:4])
 
 
 def paged(problem: Problem) -> bool:

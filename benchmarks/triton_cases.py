@@ -129,7 +129,8 @@ def plan_call(case: Case) -> list[Launch]:
         k, v = (_meta(case.kv_dtype, B * S // PAGE, H, PAGE, x.shape[3]) for x in (k, v))
     if case.kv_dtype == "int8":
         options["k_scale"] = options["v_scale"] = _meta("fp32", *k.shape[:3])
-    multiprocessors = {"unsplit": 1, "split": 10 * B * H}.get(case.option, MULTIPROCESSORS)
+    split = case.option == "split" or (case.call == "decode" and case.option != "unsplit")
+    multiprocessors = 10 * B * H if split else 1 if case.option == "unsplit" else MULTIPROCESSORS
     return plan_forward(q, k, v, **options, capability=case.capability, multiprocessors=multiprocessors)[0]
 
 

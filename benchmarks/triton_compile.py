@@ -90,10 +90,17 @@ def row_of(case: Case, launch: Launch) -> dict[str, Any]:
     return row | {"faults": faults(row)}
 
 
+def worth_its_spills(row: Mapping[str, Any]) -> bool:
+    """dK and dV of bf16 at D 256 on 9.0: 1964 us on an H100, where the fastest tile without spills took 2885."""
+    return (row["kernel"], row["capability"], row["head_dim"]) == ("differentiate_keys", 90, 256) and (
+        row["dtype"] != "fp32"
+    )
+
+
 def faults(row: Mapping[str, Any]) -> list[str]:
     """What does not hold of a compiled kernel, as phrases."""
     found = []
-    if row["spills"] or row["stack_bytes"]:
+    if (row["spills"] or row["stack_bytes"]) and not worth_its_spills(row):
         found.append(f"spills: {row['spills']} instructions, {row['stack_bytes']} bytes per thread")
     if row["blocks_per_multiprocessor"] == 0:
         found.append(f"a block does not fit: {row['shared_bytes']} bytes of shared memory")

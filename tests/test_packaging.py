@@ -67,6 +67,7 @@ def test_help_loads_neither_torch_nor_any_command() -> None:
 def test_constraints_pin_every_declared_dependency_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    declared += project["project"]["optional-dependencies"]["eval"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line.partition("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")]
     names = {requirement.partition(">")[0].partition("[")[0].lower().replace("_", "-") for requirement in declared}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa.errors import GqaError
-from gqa.units import dtype_bytes, format_bytes, format_seconds, parse_bytes, parse_tokens
+from gqa.units import dtype_bytes, format_bytes, format_seconds, parse_bytes, parse_seconds, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,19 @@ def test_tokens_that_are_none(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("60m", 3600), ("1.5 h", 5400), ("0.5", 0.5), (" 2M ", 120)]
+)
+def test_durations(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "m", "1d", "60 minutes", "inf", "nan", "1e5"])
+def test_durations_that_are_none(text):
+    with pytest.raises(GqaError, match="a duration is not understood"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
     ("count", "text"),
     [
         (0, "0 B"),
@@ -81,7 +94,7 @@ def test_printed_times(seconds, text):
 
 @given(st.text(max_size=20))
 def test_only_gqa_errors_come_out(text):
-    for parse in (parse_bytes, parse_tokens, dtype_bytes):
+    for parse in (parse_bytes, parse_tokens, parse_seconds, dtype_bytes):
         try:
             assert parse(text) >= 0
         except GqaError:

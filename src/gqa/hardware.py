@@ -56,9 +56,13 @@ class Device:
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, whatever its case, spaces and dashes. Raises GqaError with the closest names."""
+    """The device of that name or the driver's name for it, whatever its case, spaces and dashes. Raises GqaError with
+    the closest names."""
     by_plain = {_plain(device.name): device for device in devices().values()}
     wanted = _plain(name)
+    by_driver = {_plain(row["driver"]): row["name"] for row in _rows() if "driver" in row}
+    if wanted in by_driver:
+        return devices()[by_driver[wanted]]
     if wanted in by_plain:
         return by_plain[wanted]
     starting = [plain for plain in by_plain if wanted and plain.startswith(wanted)]
@@ -74,8 +78,14 @@ def find_device(name: str) -> Device:
 @functools.cache
 def devices() -> dict[str, Device]:
     """Every device of data/hardware.toml by its name."""
-    text = importlib.resources.files("gqa").joinpath("data", "hardware.toml").read_text("utf-8")
-    return {row["name"]: _device(row) for row in tomllib.loads(text)["device"]}
+    return {row["name"]: _device(row) for row in _rows()}
+
+
+@functools.cache
+def _rows() -> list[dict]:
+    return tomllib.loads(importlib.resources.files("gqa").joinpath("data", "hardware.toml").read_text("utf-8"))[
+        "device"
+    ]
 
 
 def _device(row: dict) -> Device:

@@ -80,10 +80,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_versions() -> dict[str, str]:
-    """Versions of Python, gqa and the libraries that decide results, without importing any of them."""
+def describe_versions(*more: str) -> dict[str, str]:
+    """Versions of Python, gqa and the libraries that decide results, and `more` of them, without importing any."""
     versions = {"python": platform.python_version()}
-    for name in ("gqa", "torch", "transformers", "safetensors", "tokenizers", "numpy"):
+    for name in ("gqa", "torch", "transformers", "safetensors", "tokenizers", "numpy", *more):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

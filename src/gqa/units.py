@@ -1,4 +1,4 @@
-"""Sizes, token counts and dtype names: parse what people type, print what people read.
+"""Sizes, token counts, durations and dtype names: parse what people type, print what people read.
 
 Binary (`GiB`) and decimal (`GB`) units are different things and are never mixed up; output is binary.
 """
@@ -75,6 +75,20 @@ def parse_share(text: str) -> float:
     if not match:
         raise GqaError("a share is not understood", got=repr(text), allowed="a number such as 0.02, or 2%")
     return float(match[1]) / (100 if match[2] else 1)
+
+
+def parse_seconds(text: str) -> float:
+    """`90`, `90s`, `60m`, `1.5h` -> seconds."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([smhSMH]?)\s*", text)
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2].lower()] if match else 0.0
+    if seconds <= 0:
+        raise GqaError(
+            "a duration is not understood",
+            got=repr(text),
+            allowed="a positive number of seconds, or one with s, m or h",
+            hint="for example 60m",
+        )
+    return seconds
 
 
 def format_bytes(count: float) -> str:

@@ -230,5 +230,9 @@ def test_rows_cover_what_the_goals_name(script):
     assert min(p.kv_bytes for p in large) > 141e9 / 4 >= max(p.kv_bytes for p in ordered)
     smaller, _ = rows.rows(24 * 10**9)
     assert not [p for p in smaller if p.query_tokens == 16384]  # their check in float64 would not fit
-    assert sum(rows.compiled(p) for p in ordered) == 6
+    assert {(p.query_tokens, p.backward) for p in ordered if rows.compiled(p)} == {
+        (1, False),
+        (4096, False),
+        (4096, True),
+    }
     assert {p.dtype for p in ordered if rows.paged(p)} == {"bf16", "fp16", "int8", "fp32"}

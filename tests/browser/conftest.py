@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.scaling_record import scaling_record
 from helpers.study_record import study_record, study_results
+from helpers.uptraining_record import uptraining_record
 
 from gqa.config import parse_config
 from gqa.hardware import find_device
 from gqa.plan import sweep
 from gqa.record import Record
-from gqa.report import plan_page
+from gqa.report import plan_page, scaling_page, uptraining_page
 from gqa.report.page import render
 from gqa.source import open_source
 from gqa.study.rows import planned as planned_rows
@@ -82,6 +84,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name].write_text(render(record), encoding="utf-8")
     found["study-plan"] = folder / "study-plan.html"
     found["study-plan"].write_text(render(study_with_plan()), encoding="utf-8")
+    found["uptraining"] = folder / "uptraining.html"
+    found["uptraining"].write_text(uptraining_page.render(uptraining_record()), encoding="utf-8")
+    found["scaling"] = folder / "scaling.html"
+    found["scaling"].write_text(scaling_page.render(scaling_record()), encoding="utf-8")
     for name, record in PLANS.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(plan_page.render(record), encoding="utf-8")

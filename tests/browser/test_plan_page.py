@@ -105,7 +105,7 @@ def test_choices_by_keyboard_are_kept_in_the_address(open_page) -> None:
     assert again.locator("#device").input_value() == "H200"
 
 
-@pytest.mark.parametrize("name", [*PLANS, "study-plan"])
+@pytest.mark.parametrize("name", [*PLANS, "study-plan", "uptraining", "scaling"])
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overlaps_or_overflows(open_page, name: str, width: int, scheme: str) -> None:
@@ -116,7 +116,7 @@ def test_nothing_overlaps_or_overflows(open_page, name: str, width: int, scheme:
     assert page.evaluate(CLIPPED) == []
 
 
-@pytest.mark.parametrize("name", ["small", "large", "study-plan", *PLANS])
+@pytest.mark.parametrize("name", ["small", "large", "study-plan", "uptraining", "scaling", *PLANS])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_axe_finds_nothing(open_page, name: str, scheme: str, width: int) -> None:

@@ -179,3 +179,54 @@ def test_print_fits_the_width_of_a_sheet(open_page) -> None:
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.documentElement.scrollWidth") <= 680
+
+
+def test_maps_follow_the_dial_and_show_what_the_record_says(open_page) -> None:
+    page = open_page(state="#kv=8")
+    assert page.locator("#looks-model").input_value() == "parent|8"
+    assert page.locator(".kv").count() == 8
+    page.locator("#kv-heads").press("ArrowRight")
+    page.locator("#kv-heads").press("ArrowRight")
+    assert page.locator("#looks-model").input_value() == "child|2"
+    assert page.locator(".kv").count() == 2
+    assert page.locator(".kv").nth(1).locator(".map").count() == 4
+    page.locator("#looks-layer").select_option("3")
+    # in layer 3 the synthetic head 2 looks 5 tokens back, or at the first
+    page.locator("#looks-token").evaluate("e => { e.value = 7; e.dispatchEvent(new Event('input')); }")
+    label = page.locator(".map").nth(2).get_attribute("aria-label")
+    assert label == "query head 2: from “x” most to “(”, 100 %"
+    painted = page.evaluate("""() => {
+      const canvas = document.querySelectorAll(".map canvas")[2];
+      const pixels = canvas.getContext("2d").getImageData(0, 0, 9, 9).data;
+      return [...Array(81).keys()].filter((k) => pixels[4 * k + 3] > 0).map((k) => [Math.floor(k / 9), k % 9]);
+    }""")
+    assert painted == [[t, max(0, t - 5)] for t in range(9)]
+    row = next(
+        row
+        for row in study_results()["attention_heads"]
+        if (row["weights"], row["kv_heads"], row["layer"]) == ("child", 2, 3)
+    )
+    cells = page.locator("#looks-heads tbody tr").nth(5).locator("td").all_inner_texts()
+    assert cells == ["5", str(row["parent_heads"][5]), "1", "6.50", "0.333", "13 %", "2.4 %"]
+    page.locator("#looks-model").select_option("random|8")
+    assert page.locator(".map").first.get_attribute("aria-label").endswith(", 12 %")  # of 1/8, in 64 levels
+    page.set_viewport_size({"width": 700, "height": 900})
+    assert page.locator("#looks-model").input_value() == "random|8", "only a turn of the dial chooses another"
+
+
+def test_maps_by_keyboard_and_pointer(open_page) -> None:
+    page = open_page(state="#kv=4")
+    told = page.locator("#looks-told")
+    page.locator(".map").nth(3).focus()
+    assert told.inner_text().startswith("Query head 3, reading KV head 1: from")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#looks-token").input_value() == "7"
+    page.keyboard.press("ArrowRight")  # from what it looks at most, three tokens back, to the next
+    assert told.inner_text().endswith("from “x” (token 7) 0 % to “⏎␣␣␣␣” (token 5, 2 back).")
+    page.keyboard.press("ArrowLeft")
+    assert "100 % to “):” (token 4, 3 back)." in told.inner_text()
+    assert page.locator("#looks-text .asks").inner_text() == " x"
+    assert page.locator("#looks-text .asked").inner_text() == "):"
+    box = page.locator(".map canvas").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"] / 9, box["y"] + 1.5 * box["height"] / 9)
+    assert told.inner_text() == "Query head 1, reading KV head 0: from “f” (token 1) 100 % to “def” (token 0, 1 back)."

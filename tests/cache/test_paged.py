@@ -212,3 +212,85 @@ def test_refusals():
         rounding.update(0, k.to(torch.int8), v.to(torch.int8))
     assert cache.length == 2
     assert cache.pool.free_blocks == cache.pool.num_blocks - 2
+
+
+def ragged(pool, *lengths):
+    """A cache of sequences of these lengths, and per layer and sequence their (k, v)."""
+    joined, held = PagedCache(pool=pool), []
+    for length in lengths:
+        one, tensors = PagedCache(pool=pool), [kv(length, B=1) for _ in range(2)]
+        for layer, (k, v) in enumerate(tensors):
+            one.update(layer, k, v)
+        joined.join(one)
+        assert (one.batch, one.length, one.layer_length(0)) == (0, 0, 0)
+        held.append(tensors)
+    return joined, held
+
+
+def rows(stored):
+    """Per sequence (1, H, length, D)."""
+    return [
+        dense(Stored(stored.data, stored.scale, stored.block_table[row : row + 1], stored.lengths[row : row + 1]))
+        for row in range(len(stored.lengths))
+    ]
+
+
+def holds(cache, held):
+    for layer in range(2):
+        for side in (0, 1):
+            got = rows(cache.layer(layer).stored()[side])
+            for one, tensors in zip(got, held, strict=True):
+                assert torch.equal(one, tensors[layer][side])
+
+
+def test_sequences_of_different_lengths_go_forward_together():
+    pool = BlockPool(20, block=4)
+    cache, held = ragged(pool, 9, 3, 4)
+    assert (cache.lengths, cache.length, cache.layer(0).span(1)) == ([9, 3, 4], 9, (10, 0))
+    for _ in range(6):
+        for layer in range(2):
+            k, v = kv(1, B=3)
+            seen = cache.update(layer, k, v)
+            assert seen[0].ragged
+            for row, tensors in enumerate(held):
+                tensors[layer] = tuple(
+                    torch.cat([x, new[row : row + 1]], dim=2) for x, new in zip(tensors[layer], (k, v), strict=True)
+                )
+        holds(cache, held)
+    assert cache.lengths == [15, 9, 10]
+    with pytest.raises(GqaError, match="one token per step"):
+        cache.update(0, *kv(2, B=3))
+    fork = cache.fork()
+    fork.crop(7)  # the longest loses 8
+    assert fork.lengths == [7, 1, 2]
+    with pytest.raises(GqaError, match="cropped"):
+        fork.crop(5)  # the shortest has not so many to lose
+    fork.reset()
+    holds(cache, held)
+    cache.select(torch.tensor([1, 2]))  # the longest goes
+    assert (cache.length, cache.layer_length(1), cache.lengths) == (10, 10, [9, 10])
+    holds(cache, held[1:])
+    cache.select(torch.tensor([0, 0]))
+    assert not cache.layer(0).stored()[0].ragged
+    assert cache.length == 9
+    cache.select(torch.tensor([]).long())
+    assert (cache.batch, cache.length, pool.free_blocks) == (0, 0, 20)
+
+
+def test_a_longest_sequence_that_goes_amid_a_step_leaves_the_step_to_be_finished():
+    cache, _ = ragged(BlockPool(20, block=4), 9, 3)
+    k, v = kv(1)
+    cache.update(0, k, v)
+    other = PagedCache(pool=cache.pool)
+    with pytest.raises(GqaError, match="amid a step"):
+        other.join(cache)
+    cache.select(torch.tensor([1]))
+    assert (cache.layer_length(0), cache.layer_length(1)) == (4, 3)
+
+
+def test_caches_of_other_pools_do_not_join():
+    cache, _ = ragged(BlockPool(4, block=4), 3)
+    for other in (cache, PagedCache()):
+        with pytest.raises(GqaError, match="share a pool"):
+            cache.join(other)
+    assert cache.lengths == [3]

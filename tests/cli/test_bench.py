@@ -1,14 +1,18 @@
 """`gqa bench` as a user meets it, on shapes that take no time."""
 
 import json
+import os
 from typing import Any
 
 import pytest
 import torch
 from helpers.checkpoints import tiny_config, write_checkpoint
 from helpers.fake_cuda import FakeCuda, gpu_limits
+from helpers.small import small_parent
 
-from gqa.bench import machine, run
+from gqa.bench import density as serving_density
+from gqa.bench import machine, run, soak
+from gqa.bench.alone import Difference
 from gqa.bench.kernels import OURS, TORCH, ours
 from gqa.cli.main import main
 
@@ -184,6 +188,118 @@ def test_layers_of_a_shape_with_random_weights(bench, tmp_path):
         ("transformers default", 1, "bfloat16"),
     ]
     assert any("weights are random" in sentence for sentence in document["assumptions"])
+
+
+SERVING = ("--memory", "100KiB", "--context", "20", "--repeats", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(write_checkpoint(tmp_path / "model", tiny_config()))
+
+
+def test_density_over_the_dial(bench, folder):
+    code, out, err = bench(folder, "--kv-heads", "8,2", *SERVING, "--json")
+    assert code == 0
+    assert "decode: 1/1 2 KV heads" in err
+    document = read(out)
+    inputs, results = document["inputs"], document["results"]
+    assert inputs["memory_bytes"] == 100 * 1024
+    assert (inputs["model"], inputs["dtype"], inputs["kv_dtype"], inputs["block_tokens"]) == (
+        "model",
+        "fp32",
+        "fp32",
+        16,
+    )
+    token = 3 * (8 + 8) * 4  # layers, D + Dv, bytes; of one KV head
+    assert [(row["kv_heads"], row["sequences_fit"]) for row in results["density"]] == [
+        (heads, 100 * 1024 // (token * heads * 16) // 2) for heads in (8, 2)
+    ]
+    assert results["soak"] is None
+    unexplained = [
+        name
+        for row in results["density"]
+        for name, value in row.items()
+        if isinstance(value, float) and document["basis"].get(name) not in ("measured", "predicted")
+    ]
+    assert not unexplained
+    assert document["basis"]["sequences_fit"] == "measured"
+    assert document["basis"]["sequences_predicted"] == "predicted"
+
+
+def test_density_of_a_shape_without_weights_in_int8(bench, folder):
+    os.remove(f"{folder}/model.safetensors")
+    code, out, _ = bench(folder, "--layers", "1", "--kv-heads", "2", "--kv-dtype", "int8", "--block", "8", *SERVING)
+    assert code == 0
+    row = out.splitlines()[4].split()
+    block = 8 * 2 * 2 * (8 + 4)  # tokens, K and V, KV heads, D and a scale
+    assert row[:3] == ["2", *[str(100 * 1024 // block // 3)] * 2]
+    _, out, _ = bench(folder, "--kv-heads", "2", *SERVING, "--soak", "0.1s")
+    assert "with random weights (measured)" in out
+    code, out, err = bench(folder, "--kv-heads", "2", *SERVING, "--memory", "1KiB")
+    assert (code, out) == (2, "")
+    assert "not even one block fits" in err
+
+
+def test_a_soak_is_told_and_its_figures_have_a_basis(bench, folder, tmp_path):
+    code, out, _ = bench(folder, "--kv-heads", "8", *SERVING, "--soak", "0.2s", "--seed", "3")
+    assert code == 0
+    lines = out.splitlines()
+    assert any(line.startswith("Soak of ") and "(measured)" in line for line in lines)
+    assert "- blocks free at the end: 4 of 4" in lines
+    assert "passed" in lines
+    _, out, _ = bench(folder, "--kv-heads", "8", *SERVING, "--soak", "0.2s", "--json")
+    document = read(out)
+    found = document["results"]["soak"]
+    assert document["inputs"]["soak_random_weights"] is False
+    assert found["passed"]
+    assert not [name for name in found if name != "passed" and name not in document["basis"]]
+
+
+def test_a_soak_of_a_text(bench, tmp_path):
+    folder, corpus = small_parent(tmp_path)
+    code, out, _ = bench(
+        str(folder), "--kv-heads", "4", *SERVING, "--soak", "0.2s", "--text", str(corpus.test[0]), "--json"
+    )
+    assert code == 0
+    assert read(out)["inputs"]["text"] == ["test.py"]
+    code, _, err = bench("qwen2.5-0.5b", "--layers", "1", *SERVING, "--soak", "1s", "--text", str(corpus.test[0]))
+    assert code == 2
+    assert "need the model's tokenizer" in err
+
+
+def test_what_the_plan_got_wrong_leaves_1(bench, folder, monkeypatch):
+    monkeypatch.setattr(serving_density, "max_concurrent_requests", lambda *_: 3)
+    code, out, _ = bench(folder, "--kv-heads", "8", *SERVING)
+    assert code == 1
+    assert out.splitlines()[4].split()[:3] == ["8", "3", "2"]
+
+
+def test_a_soak_that_finds_something_leaves_1(bench, folder, monkeypatch):
+    monkeypatch.setattr(soak, "differences", lambda model, sequence, int8: [Difference([1], 2, 3)])
+    code, out, _ = bench(folder, "--kv-heads", "8", *SERVING, "--soak", "0.1s")
+    assert "FAILED" in out
+    assert code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--memory", "1GiB"], "--memory goes with a MODEL"),
+        (["llama-3-8b", "--memory", "1GiB", "--batch", "2", "--prefill"], "--batch, --prefill"),
+        (["llama-3-8b", "--soak", "60m", "--kv-dtype", "int8"], "needs a memory to fill"),
+        (["llama-3-8b", "--memory", "1GiB", "--soak", "an hour"], "a duration is not understood"),
+        (["llama-3-8b", "--memory", "much"], "a size is not understood"),
+        (["llama-3-8b", "--memory", "1GiB", "--kv-dtype", "fp8"], "as the model gives them, or in int8"),
+        (["llama-3-8b", "--memory", "1GiB", "--text", "corpus.txt"], "--text is for prompts of a soak"),
+        (["llama-3-8b", "--memory", "1GiB", "--dtype", "int8"], "fp32, bf16 or fp16"),
+    ],
+)
+def test_wrong_questions_about_serving_leave_2(bench, arguments, says):
+    code, out, err = bench(*arguments)
+    assert (code, out) == (2, "")
+    assert "error: " in err
+    assert says in err
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from helpers.small import small_parent
 from helpers.study_record import study_record
 
 from gqa.cli.main import main
-from gqa.cli.study import parse_stops, print_tables
+from gqa.cli.study import parse_analyses, parse_stops, print_tables
 from gqa.errors import GqaError
 from gqa.record import read_record
 
@@ -49,6 +49,7 @@ def test_a_model_of_ones_own(parent, tmp_path, capsys):
         (("model",), "needs text"),
         (("model", "--text", "corpus.txt", "--kv-heads", "two"), "not a list of numbers"),
         (("model", "--text", "corpus.txt", "--uptrain-tokens", "few"), "token count"),
+        (("model", "--text", "corpus.txt", "--analyses", "patterns,colours"), "no such analysis"),
     ],
 )
 def test_what_is_missing_is_said(arguments, message, tmp_path, capsys, monkeypatch):
@@ -88,3 +89,13 @@ def test_stops():
     assert parse_stops("8, 4,1") == (8, 4, 1)
     with pytest.raises(GqaError):
         parse_stops("8;4")
+
+
+def test_analyses():
+    known = ("gradients", "patterns")
+    assert parse_analyses("all", known) == known
+    assert parse_analyses("none", known) == ()
+    assert parse_analyses("patterns, gradients", known) == known
+    assert parse_analyses("patterns", known) == ("patterns",)
+    with pytest.raises(GqaError, match="no such analysis"):
+        parse_analyses("patterns,none", known)

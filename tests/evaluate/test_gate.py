@@ -38,3 +38,32 @@ def test_which_gates_need_the_parent():
     assert parse_gate("perplexity<=1.02*parent").needs_parent
     assert parse_gate("kl_to_parent_nats<1").needs_parent
     assert not parse_gate("perplexity<12").needs_parent
+
+
+ROWS = [
+    {"task": "sums", "metric": "acc", "filter": "first", "value": 0.49, "parent_value": 0.5},
+    {"task": "sums", "metric": "acc", "filter": "second", "value": 0.1, "parent_value": 0.5},
+    {"task": "my-task.v2", "metric": "acc_norm", "filter": "none", "value": 0.7, "parent_value": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "against", "passed"),
+    [
+        ("sums:acc>=0.98*parent", 0.49, 0.49, True),
+        ("sums:acc>=99%*parent", 0.49, 0.495, False),
+        ("my-task.v2:acc_norm > 0.65", 0.7, 0.65, True),
+    ],
+)
+def test_gates_of_tasks(text, value, against, passed):
+    check = parse_gate(text).check({"tasks": ROWS})
+    assert (check["value"], check["passed"]) == (value, passed)
+    assert check["against"] == pytest.approx(against)
+
+
+def test_a_gate_of_a_task_that_did_not_run():
+    with pytest.raises(GqaError, match="what no task gave") as caught:
+        parse_gate("sums:f1>0.5").check({"tasks": ROWS})
+    assert caught.value.allowed == "sums:acc, my-task.v2:acc_norm"
+    assert parse_gate("sums:acc>=0.98*parent").needs_parent
+    assert not parse_gate("sums:acc>0.5").needs_parent

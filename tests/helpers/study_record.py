@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from math import exp, log, log2
 from typing import Any
 
@@ -11,6 +12,9 @@ HEAD_DIM, BYTES = 32, 4
 CONTEXTS = (256, 1024, 4096, 16384)
 DEVICES = {"L4": 23034 << 20, "H100 SXM": 81559 << 20, "H200": 143771 << 20}
 PARENT, CONTROL = 40.4, 40.9
+
+# of a map's levels, as gqa.study.patterns writes them
+ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 
 # share of mean pooling's loss that remains, by stage and method
 REMAINS = {
@@ -133,6 +137,7 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
             for n in stops
             for device, memory in DEVICES.items()
         ],
+        **_attention(heads, stops, layers),
     }
 
 
@@ -176,6 +181,68 @@ def _quality(kv_heads: int, heads: int, method: str, stage: str) -> dict[str, An
         "loss_above_parent_nats": lost,
         "share_of_mean_loss": REMAINS[stage, method],
         "seconds": {"mean": 1.2, "svd": 9.5, "svd+refine": 74.0}[method],
+    }
+
+
+def _attention(heads: int, stops: list[int], layers: int, tokens: int = 9) -> dict[str, Any]:
+    """Head n of layer l looks n + l tokens back, those of a random model evenly."""
+    models = [("parent", stops[0]), ("random", stops[0]), *(("child", n) for n in stops[1:])]
+    drawn = sorted({0, layers // 2, layers - 1})
+
+    def character(weights: str, head: int, layer: int, t: int, s: int) -> str:
+        if weights == "random":
+            return ALPHABET[round(63 * (1 / (t + 1)) ** 0.5)]
+        return ALPHABET[63 if s == max(0, t - (head + layer) % tokens) else 0]
+
+    return {
+        "attention_text": {
+            "tokens": ["def", " f", "(", "x", "):", "\n    ", "return", " x", "\n"],
+            "alphabet": ALPHABET,
+        },
+        "attention_maps": [
+            {
+                "weights": weights,
+                "kv_heads": n,
+                "layer": layer,
+                "maps": [
+                    "".join(character(weights, head, layer, t, s) for t in range(tokens) for s in range(t + 1))
+                    for head in range(heads)
+                ],
+            }
+            for weights, n in models
+            for layer in drawn
+        ],
+        "attention_heads": [
+            {
+                "weights": weights,
+                "kv_heads": n,
+                "layer": layer,
+                "parent_heads": [head for group in _groups(heads, n, layer % 2 == 0) for head in group],
+                "distance_tokens": [1.5 + head for head in range(heads)],
+                "entropy_nats": [2.0 / (1 + head) for head in range(heads)],
+                "first_share": [0.8 / (1 + head) for head in range(heads)],
+                "previous_share": [0.004 * (1 + head) for head in range(heads)],
+            }
+            for weights, n in models
+            for layer in range(layers)
+        ],
+        "attention_alike": [
+            {
+                "weights": weights,
+                "kv_heads": n,
+                "layer": layer,
+                "grouping": grouping,
+                "within_nats": None if n == heads else scale * (1 + 0.1 * layer),
+                "between_nats": None if n == 1 else 0.3,
+            }
+            for n in stops
+            for weights, grouping, scale in (
+                *(("parent", "as converted", 0.2), ("parent", "neighbours", 0.26)),
+                *(("child", "as converted", 0.12), ("random", "neighbours", 0.001)),
+            )
+            for layer in range(layers)
+            if n < heads or (weights, grouping) == ("parent", "neighbours")
+        ],
     }
 
 

@@ -1,6 +1,8 @@
 """What a GqaCache of each kind does between a model's forwards; test_served_models.py has whole generations."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -170,3 +172,44 @@ def test_refusals():
         cache.layers[0].reorder_cache(torch.tensor([0]))  # type: ignore[arg-type]
     with pytest.raises(GqaError, match="stays on its device"):
         cache.layers[0].offload()
+
+
+def test_paged_caches_join_and_only_those():
+    model, ids = served_model("llama-gqa", "gqa"), prompts(padded=False)["input_ids"]
+    pool = BlockPool(0, grows=True)
+    whole, parts = gqa.hf.GqaCache(kind="paged", pool=pool), []
+    for row, length in enumerate((9, 5)):
+        one = gqa.hf.GqaCache(kind="paged", pool=pool)
+        forward(model, ids[row : row + 1, :length], one)
+        parts.append(copy.copy(one.lengths))
+        whole.join(one)
+        assert one.get_seq_length() == 0
+    assert (parts, whole.lengths, whole.get_seq_length()) == ([[9], [5]], [9, 5], 9)
+    twin = whole.fork()
+    new = torch.stack([ids[0, 9:10], ids[1, 5:6]])
+    for cache in (whole, twin):
+        with torch.no_grad():
+            got = model(new, past_key_values=cache, position_ids=torch.tensor([[9], [5]])).logits[:, -1]
+        for row, length in enumerate((10, 6)):
+            want = forward(model, ids[row : row + 1, :length], gqa.hf.GqaCache())[0, -1]
+            torch.testing.assert_close(got[row], want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    for one in (gqa.hf.GqaCache(), gqa.hf.GqaCache(kind="int8")):
+        with pytest.raises(GqaError, match="go together"):
+            one.join(whole)
+        with pytest.raises(GqaError, match="go together"):
+            whole.join(one)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["", "config"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_nobody_holds_gives_its_memory_back_at_once(kind, told):
+    model, ids = served_model("llama-gqa", "gqa"), prompts(padded=False)["input_ids"]
+    gc.disable()
+    try:
+        cache = gqa.hf.GqaCache(config=model.config if told else None, kind=kind)
+        forward(model, ids, cache)
+        store = weakref.ref(cache.store)
+        del cache
+        assert store() is None
+    finally:
+        gc.enable()

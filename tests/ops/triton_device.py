@@ -19,5 +19,5 @@ def there(q, k, v, options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, d
 def moved(x):
     if x.device.type == DEVICE:
         return x
-    storage = torch.empty(0, dtype=x.dtype, device=DEVICE).set_(x.untyped_storage().to(DEVICE))  # pyright: ignore
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # pyright: ignore[reportArgumentType]
+    return storage.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)

@@ -129,6 +129,16 @@ def test_gqa_int8_cache_takes_what_the_planner_says():
     assert find_engine("contiguous").bytes_for(FULL, 10, 1, INT8) == 4 * 2 * one
 
 
+def test_paged_takes_whole_blocks_of_every_layer():
+    paged, row = find_engine("paged"), 256
+    assert paged.bytes_for(FULL, 33, 2, BF16) == 2 * 3 * 16 * row
+    assert find_engine("paged", block=5).bytes_for(FULL, 33, 2, BF16) == 2 * 7 * 5 * row
+    pool = paged.pool(FULL, 33, 100 * 16 * row - 1, BF16)
+    assert (pool.blocks, pool.tokens, pool.block_tokens, pool.concurrency) == (99, 99 * 16, 16, 33)
+    assert paged.bytes_for(MIXED, 1000, 1, BF16) == paged.bytes_for(MIXED.without_windows(), 1000, 1, BF16)
+    assert any("sliding" in sentence for sentence in paged.rules(MIXED, BF16))
+
+
 @pytest.mark.parametrize(("ranks", "kv_heads"), [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (64, 1)])
 def test_tensor_parallel_shares_or_repeats_kv_heads(ranks, kv_heads):
     # Llama 3 70B: 64 query heads on 8 KV heads.

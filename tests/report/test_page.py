@@ -12,7 +12,7 @@ from helpers.study_record import study_record, study_results
 
 from gqa.errors import GqaError
 from gqa.record import Record
-from gqa.report import dial
+from gqa.report import dial, patterns
 from gqa.report.page import render
 from gqa.report.reading import Study
 
@@ -95,7 +95,7 @@ def test_holds_its_record_unchanged(page: str) -> None:
 
 def test_every_drawing_is_well_formed(page: str) -> None:
     drawings = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 11
+    assert len(drawings) == 12
     for drawing in drawings:
         ElementTree.fromstring(drawing.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
 
@@ -109,6 +109,8 @@ def test_every_figure_of_the_record_is_in_a_table(page: str) -> None:
         assert f"{row['cross_entropy_nats_per_token']:.4f}" in text
     for row in results["capacity"]:
         assert f"{row['max_context_tokens']:,}" in text
+    for row in results["attention_alike"]:
+        assert row["within_nats"] is None or f"{row['within_nats']:.4f}" in text
 
 
 def test_hostile_texts_stay_texts() -> None:
@@ -118,6 +120,9 @@ def test_hostile_texts_stay_texts() -> None:
         row["method"] = row["method"].replace("mean", HOSTILE)
     for row in results["capacity"]:
         row["device"] += HOSTILE
+    results["attention_text"]["tokens"] = [HOSTILE] * 9
+    for row in results["attention_maps"] + results["attention_heads"] + results["attention_alike"]:
+        row["weights"] = row["weights"].replace("child", HOSTILE)
     record = study_record(results)
     record = Record(
         command="study",
@@ -136,6 +141,35 @@ def test_hostile_texts_stay_texts() -> None:
     assert page.count("<script") == 3
     assert HOSTILE in "".join(parsed.text)
     assert embedded(page, "record")["results"]["parent"]["name"] == HOSTILE
+
+
+@pytest.mark.parametrize("change", ["no text", "short map", "no figure", "fewer heads", "no row"])
+def test_broken_maps_are_left_out(change: str) -> None:
+    results = study_results()
+    if change == "no text":
+        results["attention_text"] = {"tokens": 3}
+    elif change == "short map":
+        results["attention_maps"][1]["maps"][2] = "AAA"
+    elif change == "no figure":
+        results["attention_heads"][0]["entropy_nats"][0] = None
+    elif change == "fewer heads":
+        results["attention_maps"][1]["maps"].pop()
+    else:
+        results["attention_maps"] = [None, {"weights": 3}]
+    study = Study.from_record(study_record(results))
+    assert patterns.html(study) == ""
+    assert [figure.key for figure in patterns.figures(study)] == ["alike"]
+
+
+@pytest.mark.parametrize(
+    ("searched", "says"), [(0.2, "more than neighbours do"), (0.261, "no more alike"), (0.4, "less than neighbours")]
+)
+def test_the_title_says_whether_heads_that_share_were_alike(searched: float, says: str) -> None:
+    results = study_results()
+    for row in results["attention_alike"]:
+        if (row["weights"], row["grouping"]) == ("parent", "as converted"):
+            row["within_nats"] = searched * (1 + 0.1 * row["layer"])
+    assert says in patterns.figures(Study.from_record(study_record(results)))[0].title
 
 
 @pytest.mark.parametrize("gone", ["control", "quality", "layers", "decode", "capacity"])

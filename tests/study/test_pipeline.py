@@ -16,7 +16,7 @@ from gqa.record import read_record
 from gqa.report.page import render
 from gqa.source import open_checkpoint
 from gqa.study.corpus import from_corpus, from_files
-from gqa.study.pipeline import METHODS, Settings, run
+from gqa.study.pipeline import ANALYSES, METHODS, Settings, run
 
 SETTINGS = Settings(
     calibration_windows=16, test_windows=8, uptrain_tokens=8 * 32, contexts=(16, 64), refine_steps=5, decode_repeats=3
@@ -88,6 +88,41 @@ def test_a_finished_study_answers_from_its_steps(study, parent):
     source, text, _, _ = parent
     again = run(source, text, out, SETTINGS, training={"train_tokens": 1536})
     assert again.results == record.results
+
+
+def test_what_heads_look_at_is_in_the_record(study):
+    results = study[0].results
+    models = {("parent", 4), ("random", 4), ("child", 2), ("child", 1)}
+    assert {(row["weights"], row["kv_heads"]) for row in results["attention_heads"]} == models
+    assert {(row["weights"], row["kv_heads"]) for row in results["attention_maps"]} == models
+    tokens = len(results["attention_text"]["tokens"])
+    assert all(len(one) == tokens * (tokens + 1) / 2 for row in results["attention_maps"] for one in row["maps"])
+    groups = {
+        (row["kv_heads"], row["layer"]): row["groups"] for row in results["layers"] if row["method"] == "svd+refine"
+    }
+    for row in results["attention_heads"]:
+        if row["weights"] == "child":
+            assert row["parent_heads"] == [head for group in groups[row["kv_heads"], row["layer"]] for head in group]
+    assert set(results["attention_alike"][0]) <= {*record_basis(study[0]), "weights", "kv_heads", "layer", "grouping"}
+
+
+def record_basis(record):
+    return {name for name, of in record.basis.items() if of == "measured"}
+
+
+def test_analyses_are_chosen_and_may_be_added_later(study, parent):
+    record, out = study
+    source, text, _, _ = parent
+    chosen = {
+        names: run(source, text, out, dataclasses.replace(SETTINGS, analyses=names), training={"train_tokens": 1536})
+        for names in ((), ("patterns",), ANALYSES)
+    }
+    assert not [name for name in chosen[()].results if name.startswith(("attention", "gradient"))]
+    assert [name for name in chosen["patterns",].results if name.startswith("gradient")] == []
+    assert "What heads look at" in " ".join(chosen["patterns",].assumptions)
+    assert "Growth of gradients" not in " ".join(chosen["patterns",].assumptions)
+    assert "<html" in render(chosen[()])
+    assert chosen[ANALYSES].results == record.results
 
 
 def test_another_study_in_the_folder_is_refused(study, parent):

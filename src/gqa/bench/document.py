@@ -11,6 +11,26 @@ from gqa.record import Record, describe_versions
 
 LIBRARIES = ("numba", "llvmlite", "triton")
 
+SOAK = (
+    "sequences",
+    "sequences_shared",
+    "sequences_at_once",
+    "prompt_tokens",
+    "new_tokens",
+    "steps",
+    "steps_with_a_queue",
+    "seconds",
+    "seconds_of_steps",
+    "seconds_alone",
+    "texts_equal",
+    "texts_near_tie",
+    "texts_wrong",
+    "near_ties",
+    "largest_share_of_allowed_gap",
+    "pool_blocks_free",
+    "resident_bytes_first_half",
+    "resident_bytes_second_half",
+)
 MEASURED: tuple[str, ...] = (
     "seconds_p20",
     "seconds_p50",
@@ -38,6 +58,14 @@ MEASURED: tuple[str, ...] = (
     "tokens_per_second",
     "cache_bytes_measured",
     "logits_error_rms",
+    "pool_blocks",
+    "pool_bytes",
+    "sequences_fit",
+    "seconds_per_step_p20",
+    "seconds_per_step_p50",
+    "seconds_per_step_p80",
+    "tokens_per_second_each",
+    *SOAK,
 )
 PREDICTED: tuple[str, ...] = (
     "kv_bytes",
@@ -51,6 +79,10 @@ PREDICTED: tuple[str, ...] = (
     "decode_seconds_bound",
     "error_max_allowed",
     "logits_error_rms_allowed",
+    "pool_blocks_predicted",
+    "sequences_predicted",
+    "tokens_per_second_bound",
+    "resident_bytes_growth_allowed",
 )
 
 ABOUT_ATTENTION = (
@@ -69,6 +101,22 @@ ABOUT_GPU_ATTENTION = (
 ABOUT_GENERATION = (
     "Batch 1, one token at a time behind a cache of random keys and values, on which time does not depend.",
     "The default is transformers' attention with its DynamicCache; our logits are as close to those of a wider dtype.",
+)
+ABOUT_DENSITY = (
+    "What fits: sequences of the context that a real pool of blocks took before it refused one; the prediction was made"
+    " before, by `gqa plan --engine paged`'s rules, and is exact.",
+    "All of them then decode one token per step behind random keys and values, on which time does not depend. Weights"
+    " and activations come on top of the memory of the cache.",
+    "At best: every weight that a step needs and all keys and values, read once at the bandwidth measured here, or the"
+    " FLOPs at the rate measured here, whichever takes longer. Nothing of ours is in this bound.",
+)
+ABOUT_SOAK = (
+    "Soak: lengths are drawn evenly over their logarithms. A sequence is admitted when blocks for all its tokens are"
+    " free; a quarter begin with the text of a running one and share its blocks.",
+    "Every sequence is run again alone, batch 1, in a fresh cache without blocks. A near tie is a place where the two"
+    " runs take different tokens whose logits in the next wider dtype are at most 4 times the run alone's error apart.",
+    "Memory is the most that lay in RAM after a step, in the first half of the time and since; 64 MiB are what the"
+    " system's allocator may keep of what was given back.",
 )
 ABOUT_RANDOM_WEIGHTS = "The model's weights are random and it has fewer layers: its time is right, its words are not."
 

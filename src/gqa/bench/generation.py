@@ -24,7 +24,7 @@ CHECKED_TOKENS = (0, 1, 2, 3)  # any will do: each gives a vocabulary of logits 
 WARM_UP_STEPS = 3
 REPEATS = 16
 
-_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,12 +71,12 @@ def generation_rows(
     model: Any, contexts: Sequence[int], *, repeats: int = REPEATS, progress: Progress = silent
 ) -> Iterator[dict[str, Any]]:
     """The rows of `measure_generation`, each context's as soon as it is measured."""
-    if model.dtype not in _WIDER:
+    if model.dtype not in WIDER:
         raise GqaError("a model of this dtype is not timed", got=model.dtype, allowed="fp32, bf16, fp16")
     hf.register()
     ours = sharing_copy(model, "gqa")
     default = sharing_copy(model, default_implementation(model))
-    exact = copy.deepcopy(default).to(_WIDER[model.dtype])
+    exact = copy.deepcopy(default).to(WIDER[model.dtype])
     for context in contexts:
         with evaluating(ours), evaluating(default), evaluating(exact):
             rows = _measure_at(context, ours, default, exact, repeats, progress)

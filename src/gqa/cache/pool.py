@@ -30,6 +30,10 @@ from gqa.errors import GqaError
 _NOWHERE = -1
 
 
+class PoolFullError(GqaError):
+    """The pool has not the blocks that were asked for; nothing has changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Where T new tokens of each of B sequences go, and what attention reads from then on; the same in every layer."""
@@ -38,6 +42,7 @@ class Step:
     offsets: torch.Tensor  # (B, T) its place in there
     table: torch.Tensor  # (B, max_blocks)
     lengths: torch.Tensor  # (B,) the new tokens included
+    ragged: bool  # these differ, which the host knows without asking a device
     _copies: dict[torch.device, Step] = field(default_factory=dict, init=False, repr=False)
 
     def on(self, device: torch.device) -> Step:
@@ -45,7 +50,9 @@ class Step:
         if device == self.table.device:
             return self
         if device not in self._copies:
-            self._copies[device] = Step(*_copies((self.blocks, self.offsets, self.table, self.lengths), device))
+            self._copies[device] = Step(
+                *_copies((self.blocks, self.offsets, self.table, self.lengths), device), ragged=self.ragged
+            )
         return self._copies[device]
 
 
@@ -64,8 +71,8 @@ class BlockPool:
     A sequence is a number from `allocate` or `fork`, valid until its `release`. All layers have the same sequences,
     lengths and blocks.
 
-    num_blocks: how many there are. When none is left, what asked for more raises GqaError and changes nothing; a pool
-    that `grows` doubles instead.
+    num_blocks: how many there are. When none is left, what asked for more raises PoolFullError, a GqaError, and changes
+    nothing; a pool that `grows` doubles instead.
     dtype: torch.int8 rounds keys and values as `quantise` says; by default they are held as they come.
     """
 
@@ -144,7 +151,7 @@ class BlockPool:
     def reserve(self, sequences: Sequence[int], tokens: int) -> Step:
         """Make each of these sequences `tokens` longer, for every layer then to `write` to the places named.
 
-        Raises GqaError when the pool is full, and then nothing has changed.
+        Raises PoolFullError when there are not enough blocks, and then nothing has changed.
         """
         held = [self._held(sequence) for sequence in sequences]
         if len(set(sequences)) != len(held):
@@ -220,8 +227,8 @@ class BlockPool:
         k_scale, v_scale = scales or (None, None)
         places = step.on(keys.device)
         return (
-            Stored(keys, k_scale, places.table, places.lengths),
-            Stored(values, v_scale, places.table, places.lengths),
+            Stored(keys, k_scale, places.table, places.lengths, places.ragged),
+            Stored(values, v_scale, places.table, places.lengths, places.ragged),
         )
 
     def enlarge(self, num_blocks: int) -> None:
@@ -268,7 +275,8 @@ class BlockPool:
         lengths = np.array([one.length for one in held], np.int64)
         positions = lengths[:, None] - tokens + np.arange(tokens)
         blocks = np.take_along_axis(table, positions // self.block, axis=1)
-        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)))
+        ragged = len(set(lengths.tolist())) > 1
+        return Step(*(torch.from_numpy(x) for x in (blocks, positions % self.block, table, lengths)), ragged=ragged)
 
     def _shared_tails(self, held: list[_Held]) -> list[_Held]:
         """Those whose last block has room, but others have it too: they need a copy to write to.
@@ -292,7 +300,7 @@ class BlockPool:
         if missing > 0 and self.grows:
             self.enlarge(self.num_blocks + max(missing, self.num_blocks))
         elif missing > 0:
-            raise GqaError(
+            raise PoolFullError(
                 "the pool of blocks is full",
                 got=f"{count} more blocks of {self.block} tokens",
                 allowed=f"{len(self._free)} free of {self.num_blocks}",

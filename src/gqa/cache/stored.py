@@ -25,6 +25,7 @@ class Stored:
     block_table  (B, max_blocks): token s of sequence b is data[block_table[b, s // block], :, s % block]; -1 past its
                  length
     lengths      (B,): tokens held per sequence, where data has room for more
+    ragged       these lengths differ: what is told of the longest, such as a mask, is not true of the others
 
     Only attention that knows it can read it: everything else that is done to a tensor raises GqaError.
     """
@@ -33,6 +34,7 @@ class Stored:
     scale: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    ragged: bool = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself looks for, to copy or to print

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from gqa.cli import output
+from gqa.cli import density, output
 from gqa.cli.plan import parse_kv_heads
 from gqa.config import ModelShape, check_kv_heads, kv_head_choices, parse_config
 from gqa.errors import GqaError
@@ -28,6 +30,8 @@ gqa bench --heads 64/8 --head-dim 128 --context 32k --dtype fp32
 gqa bench ./my-model --context 8k
 gqa bench llama-3.2-1b --layers 4 --context 32k --dtype bf16
 gqa bench --device cuda --batch 32 --heads 32/8
+gqa bench ./my-model --memory 256MiB --context 2k --kv-heads 8,4,2,1
+gqa bench ./my-model --memory 256MiB --context 2k --soak 60m --text corpus.txt
 """
 
 
@@ -48,8 +52,18 @@ gqa bench --device cuda --batch 32 --heads 32/8
 @click.option("--device", metavar="DEVICE", help="cpu or cuda.  [default: cuda where torch finds a GPU, else cpu]")
 @click.option("--impl", default="auto", show_default=True, help="The implementation to time, as in gqa.attention.")
 @click.option("--repeats", metavar="N", type=click.IntRange(min=1), default=20, show_default=True, help="Timed runs.")
+@click.option(
+    "--memory", metavar="SIZE", help="Measure how many sequences of MODEL fit in so much cache, such as 256MiB."
+)
+@click.option("--kv-dtype", metavar="DTYPE", help="Of that cache: int8.  [default: the dtype]")
+@click.option("--block", metavar="TOKENS", type=click.IntRange(min=1), help="Of that cache.  [default: 16]")
+@click.option("--soak", metavar="TIME", help="Then serve sequences that come and go for so long, such as 60m.")
+@click.option("--text", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Their prompts.")
+@click.option("--seed", metavar="N", type=int, help="Of lengths and prompts in the soak.  [default: 0]")
 @output.json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str | None,
     heads: str | None,
     kv_heads: str | None,
@@ -62,6 +76,12 @@ def command(
     device: str | None,
     impl: str,
     repeats: int,
+    memory: str | None,
+    kv_dtype: str | None,
+    block: int | None,
+    soak: str | None,
+    text: tuple[Path, ...],
+    seed: int | None,
     as_json: bool,
 ) -> None:
     """Measure attention on this machine: time per setting of the KV heads, the share of what the machine could do,
@@ -69,7 +89,13 @@ def command(
 
     MODEL, a bundled shape, a folder or a hub id, gives the shape. If it is a folder with weights, or with --layers,
     tokens per second of the whole model follow, against transformers' default.
+
+    With --memory, serving density instead: how many sequences of the context a real paged cache of that size holds at
+    each setting, against the plan, and their tokens per second together; random weights, on which neither depends.
+    --soak serves MODEL itself and compares every text with the one it gives alone. Exits with 1 where the plan was
+    wrong or the soak found something.
     """
+    _check_serving(ctx, model, memory)
     source = open_source(model) if model else None
     shape = parse_config(source.config, source.name) if source else None
     if shape and (heads is not None or head_dim is not None):
@@ -79,7 +105,7 @@ def command(
     dtype = dtype or (shape and shape.weight_dtype) or DTYPE
     dtype_bytes(dtype)
     tokens = parse_tokens(context)
-    whole = source is not None and (layers is not None or _has_weights(source))
+    whole = source is not None and (layers is not None or memory is not None or _has_weights(source))
     if whole and dtype == "int8":
         raise GqaError("a model runs in fp32, bf16 or fp16", got="--dtype int8", allowed="fp32, bf16, fp16")
     query_heads, settings = _settings(shape, heads, kv_heads)
@@ -88,6 +114,19 @@ def command(
     from gqa.bench.problem import Problem
 
     device = choose_device(device)
+    if source and memory is not None:
+        asked = density.Asked(
+            memory, block or 16, kv_dtype, soak, text, seed or 0, tokens, dtype, device, repeats, layers
+        )  # fmt: skip
+        own = (lambda: _model(source, None, dtype, device)) if layers is None and _has_weights(source) else None
+        record = density.measure(source, settings, own, asked)
+        if as_json:
+            output.record(record)
+        else:
+            _print_machine(record)
+            density.show(record)
+            _print_assumptions(record)
+        ctx.exit(0 if density.passed(record) else 1)
 
     problems = [
         Problem(
@@ -176,9 +215,25 @@ def _model(source: Source, layers: int | None, dtype: str, device: str) -> Any:
     return random_model(config, TORCH_DTYPES[dtype]).to(device)
 
 
+def _check_serving(ctx: click.Context, model: str | None, memory: str | None) -> None:
+    """Options of the one kind of question do not go with the other."""
+    about_attention = ("heads", "head_dim", "batch", "prefill", "impl")
+    about_serving = ("kv_dtype", "block", "soak", "text", "seed")
+    given = [
+        "--" + name.replace("_", "-")
+        for name in (about_serving if memory is None else about_attention)
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if memory is not None and model is None:
+        raise GqaError("--memory goes with a MODEL", hint="gqa bench ./my-model --memory 256MiB --context 2k")
+    if given and memory is None:
+        raise GqaError("serving density needs a memory to fill", got=", ".join(given), hint="--memory 256MiB")
+    if given:
+        raise GqaError("--memory measures the whole MODEL", got=", ".join(given), hint=f"leave out {', '.join(given)}")
+
+
 def _print(record: Record, problem: Problem) -> None:
-    machine = record.results["machine"]
-    output.data(_gpu(machine) if record.inputs["device"] == "cuda" else _cpu(machine))
+    _print_machine(record)
     rows = record.results["attention"]
     queries = f"a causal prompt of {problem.query_tokens:,} tokens" if problem.causal else "one token per sequence"
     output.data(
@@ -194,6 +249,15 @@ def _print(record: Record, problem: Problem) -> None:
         weights = " with random weights" if record.inputs["layers"] else ""
         output.data(f"\nA model of {first['layers']} layers{weights}, {first['dtype']}, batch 1 (measured)")
         output.table([_generation_row(row) for row in record.results["generation"]])
+    _print_assumptions(record)
+
+
+def _print_machine(record: Record) -> None:
+    machine = record.results["machine"]
+    output.data(_gpu(machine) if record.inputs["device"] == "cuda" else _cpu(machine))
+
+
+def _print_assumptions(record: Record) -> None:
     output.data("")
     for sentence in record.assumptions:
         output.data(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))

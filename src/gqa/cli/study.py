@@ -40,6 +40,13 @@ _FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 
     "--uptrain-tokens", metavar="N", help="Per child, 0 for none.  [default: 5 % of the parent's training, if known]"
 )
 @click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
+@click.option(
+    "--analyses",
+    metavar="NAME,...",
+    default="all",
+    show_default=True,
+    help="What else to look at in the models: gradients, patterns (of attention), all or none.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @output.json_option
 def command(
@@ -49,6 +56,7 @@ def command(
     kv_heads: str | None,
     uptrain_tokens: str | None,
     window: int | None,
+    analyses: str,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -67,9 +75,10 @@ def command(
         raise GqaError("a study needs text to measure on", hint=f"gqa study {model} --text FILE")
 
     from gqa.report.page import render
-    from gqa.study.pipeline import Settings, run
+    from gqa.study.pipeline import ANALYSES, Settings, run
     from gqa.study.steps import check_folder
 
+    chosen = parse_analyses(analyses, ANALYSES)
     check_folder(out)  # before minutes of training, not after
     started = time.perf_counter()
     with output.progress() as progress:
@@ -78,7 +87,7 @@ def command(
         else:
             source, text, training = _own(model, texts, window, seed)
         tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
-        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens)
+        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens, analyses=chosen)
         record = run(source, text, out, settings, progress, training=training)
     page = out / "report.html"
     write_text_atomic(page, render(record))
@@ -99,6 +108,16 @@ def parse_stops(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise GqaError("--kv-heads is not a list of numbers", got=repr(text), hint="--kv-heads 1,2,4") from None
+
+
+def parse_analyses(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """`all`, `none` or names -> those of the known ones, in their order"""
+    if text in ("all", "none"):
+        return known if text == "all" else ()
+    names = {name.strip() for name in text.split(",")}
+    if strange := sorted(names - set(known)):
+        raise GqaError("no such analysis", got=", ".join(strange), allowed=", ".join((*known, "all", "none")))
+    return tuple(name for name in known if name in names)
 
 
 def print_tables(record: Record) -> None:

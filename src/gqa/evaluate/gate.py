@@ -1,4 +1,4 @@
-"""Conditions that an evaluation has to meet: `perplexity<=1.02*parent`, `kl_to_parent_nats<0.01`."""
+"""Conditions that an evaluation has to meet: `perplexity<=1.02*parent`, `hellaswag:acc>=0.98*parent`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ FIGURES = {
     "kl_to_parent_nats": None,
     "top1_agreement": None,
 }
-_GATE = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*(%?)\s*(?:\*\s*(parent))?\s*")
+_GATE = re.compile(
+    r"\s*(?:([\w.-]+):)?(\w+)\s*(<=|>=|<|>)\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*(%?)\s*(?:\*\s*(parent))?\s*"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """`figure compare number`, or `number * parent` the same figure of the parent's."""
+    """`figure compare number`, or `number * parent` the same figure of the parent's. task: of which task of
+    lm-evaluation-harness the figure is a metric, else None."""
 
     text: str
+    task: str | None
     figure: str
     compare: str
     number: float
@@ -39,26 +43,45 @@ class Gate:
 
     @property
     def needs_parent(self) -> bool:
-        return self.of_parent or FIGURES[self.figure] is None
+        return self.of_parent or (self.task is None and FIGURES[self.figure] is None)
 
     def check(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The gate's text, the figure, what it was held against, and whether it passed."""
-        parent = FIGURES[self.figure]
-        against = self.number * (results[parent] if self.of_parent and parent else 1.0)
-        value = results[self.figure]
+        """The gate's text, the figure, what it was held against, and whether it passed.
+
+        Raises GqaError for a task or a metric that the results do not have."""
+        value, parents = self._of_task(results) if self.task else self._of_text(results)
+        against = self.number * (parents if self.of_parent else 1.0)
         return {"gate": self.text, "value": value, "against": against, "passed": _COMPARE[self.compare](value, against)}
+
+    def _of_text(self, results: Mapping[str, Any]) -> tuple[float, float]:
+        parent = FIGURES[self.figure]
+        return results[self.figure], results[parent] if self.of_parent and parent else 1.0
+
+    def _of_task(self, results: Mapping[str, Any]) -> tuple[float, float]:
+        # A task may filter answers in several ways: its first is the one that counts.
+        rows = {(row["task"], row["metric"]): row for row in reversed(results["tasks"])}
+        if (self.task, self.figure) not in rows:
+            raise GqaError(
+                "a gate asks for what no task gave",
+                got=self.text,
+                allowed=", ".join(f"{task}:{metric}" for task, metric in reversed(rows)),
+            )
+        row = rows[str(self.task), self.figure]
+        return row["value"], row.get("parent_value", 1.0)
 
 
 def parse_gate(text: str) -> Gate:
     """Raises GqaError for what is no condition on a figure of an evaluation."""
     match = _GATE.fullmatch(text)
-    of_parent = match is not None and match[5] is not None
-    if not match or match[1] not in FIGURES or (of_parent and FIGURES[match[1]] is None):
+    of_parent = match is not None and match[6] is not None
+    known = match is not None and (match[1] is not None or match[2] in FIGURES)
+    if not match or not known or (of_parent and match[1] is None and FIGURES[match[2]] is None):
         raise GqaError(
             "a gate is not understood",
             got=repr(text),
-            allowed=f"one of {', '.join(FIGURES)}; <=, <, >= or >; a number, of the first two also a number * parent",
+            allowed=f"one of {', '.join(FIGURES)}, or TASK:METRIC; <=, <, >= or >; a number, of the first two and of "
+            "metrics also a number * parent",
             hint='--gate "perplexity<=1.02*parent"',
         )
-    number = float(match[3]) / (100 if match[4] else 1)
-    return Gate(text.strip(), match[1], match[2], number, of_parent)
+    number = float(match[4]) / (100 if match[5] else 1)
+    return Gate(text.strip(), match[1], match[2], match[3], number, of_parent)

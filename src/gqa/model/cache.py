@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from gqa.cache.contiguous import ContiguousCache, ContiguousLayer
 from gqa.cache.int8 import Int8Cache, Int8Layer
 from gqa.cache.paged import PagedCache, PagedLayer
 from gqa.cache.pool import BlockPool
+from gqa.config import parse_config
 from gqa.errors import GqaError
 
 
@@ -82,6 +83,9 @@ class GqaCache(Cache):
     pool: for "paged", a `BlockPool` to share with other caches; `reset` gives its blocks back. With dtype=torch.int8 it
     holds tokens as "int8" does. By default one of the cache's own, which grows and holds them as they are.
 
+    Paged caches over one pool `join`, each with sequences of its own length. The model then goes forward one token per
+    step, and must be told position_ids (B, 1), `lengths` before the step, which it would else take to be all alike.
+
     int8 and paged caches need attn_implementation="gqa"; another one raises GqaError when it meets them.
     Raises GqaError for a config whose layers are not all attention with keys and values of their own.
     """
@@ -104,10 +108,21 @@ class GqaCache(Cache):
         else:
             raise GqaError("an unknown kind of cache", got=repr(kind), allowed="contiguous, paged, int8")
         self.kind = kind
+        self._makes_layers = config is None
         if config is None:
-            super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+            super().__init__(layer_class_to_replicate=GqaCacheLayer)
         else:
             super().__init__(layers=[GqaCacheLayer(self.store.layer(index)) for index in range(len(windows))])
+
+    @property
+    def layer_class_to_replicate(self) -> Any:
+        """What transformers calls for a layer it has not seen yet. Made when asked for: a cache that held a method of
+        its own would keep its memory until Python looks for cycles."""
+        return self._new_layer if self._makes_layers else None
+
+    @layer_class_to_replicate.setter
+    def layer_class_to_replicate(self, value: Any) -> None:
+        """transformers' __init__ sets one."""
 
     @property
     def blocks(self) -> list[Any]:
@@ -129,6 +144,32 @@ class GqaCache(Cache):
         """transformers counts backwards: -2 removes the last two tokens."""
         self.store.crop(self.store.length - abs(tokens_to_remove))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence of a paged cache."""
+        return self._paged().lengths
+
+    def join(self, other: GqaCache) -> None:
+        """Take over the sequences of another paged cache over the same pool; the other is empty then."""
+        self._paged().join(other._paged())
+        mine: list[Any] = self.layers
+        theirs: list[Any] = other.layers
+        while len(mine) < len(theirs):
+            mine.append(self._new_layer())
+        for layer, joined in zip(mine, theirs, strict=False):
+            layer.is_initialized |= joined.is_initialized
+
+    def fork(self) -> GqaCache:
+        """Another paged cache over the same pool that begins with these tokens, in the same blocks."""
+        twin = GqaCache(kind="paged", pool=self._paged().pool)
+        twin.store = self._paged().fork()
+        layers: list[Any] = self.layers
+        for layer in layers:
+            copied = twin._new_layer()
+            copied.is_initialized = layer.is_initialized
+            twin.layers.append(copied)
+        return twin
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.store.reset()
@@ -142,6 +183,11 @@ class GqaCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.store.select(indices)
 
+    def _paged(self) -> PagedCache:
+        if not isinstance(self.store, PagedCache):
+            raise GqaError(f"the sequences of a {self.kind} cache go together", hint='GqaCache(kind="paged")')
+        return self.store
+
     def _new_layer(self) -> GqaCacheLayer:
         return GqaCacheLayer(self.store.layer(len(self.layers)))
 
@@ -151,15 +197,17 @@ _GROWING = {"contiguous": ContiguousCache, "int8": Int8Cache}
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     """Per layer, the tokens that its window holds; None for all."""
-    types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
+    layers = parse_config(config.to_dict(), config.model_type).layers
+    kinds: set[str] = {layer.kind for layer in layers}
+    kinds |= {"shared cache" for layer in layers if layer.shares_cache} | {"state" for layer in layers if layer.state}
+    if strange := sorted(kinds - {"full", "sliding"}):
         raise GqaError(
             "GqaCache does not serve all layers of this model",
             got=", ".join(strange),
-            allowed="full_attention, sliding_attention",
+            allowed="full, sliding",
             hint="leave past_key_values to transformers",
         )
-    return [one.get("sliding_window") for one in arguments]
+    return [layer.window for layer in layers]
 
 
 def _whole(method: str) -> GqaError:

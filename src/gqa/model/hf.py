@@ -71,6 +71,12 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _as_under_autocast(query, key, value)
     options: dict[str, Any] = {}
+    if attention_mask is not None and isinstance(key, Stored) and key.ragged:
+        raise GqaError(
+            "sequences of different lengths in one paged cache take no mask",
+            got=f"{type(module).__name__} with padding or a sliding window shorter than the longest sequence",
+            hint="run them apart",
+        )
     if attention_mask is None:
         # No mask means: one query sees all keys; several are causal from the first key on, which covers S == T as well
         # as the prefill of a cache with room for more, whose keys after the first T are still empty.

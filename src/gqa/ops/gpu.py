@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -17,12 +18,13 @@ from gqa.ops.triton_tiles import tile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # packed rows up to which a call is bound by memory
-SPLIT_KEYS = 256  # a split's keys at least
+SPLIT_KEYS = 128  # a split's keys at least
 MOST_SPLITS = 128
+START_KEYS = 300  # what a program's beginning and its place in the join take, as keys read; seen on an H100
+TAIL = 0.4  # programs more per multiprocessor, where not all of them run at once: the last ones leave some idle
 INSTALLED = importlib.util.find_spec("triton") is not None
 # Kernels run in Triton's interpreter, on the CPU, if this is set before Triton is imported, by which it goes as well.
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-GOOD_FILL = 0.85  # of the best share of the GPU that any number of splits keeps busy
 
 
 def unserved(
@@ -135,9 +137,9 @@ def plan_forward(
     if q_offsets is not None:
         tiles += q_offsets.shape[0] - 1  # the last tile of each sequence may be partly filled
     else:
-        splits = choose_splits(
-            B * H * tiles, S // SPLIT_KEYS, multiprocessors * (1 if not few else 3 if shape.block_rows == 16 else 2)
-        )
+        seen = S if window is None else min(S, window + T)
+        at_once = 1 if not few else 3 if shape.block_rows == 16 else 2
+        splits = choose_splits(B * H * tiles, seen // SPLIT_KEYS, multiprocessors, at_once)
     parts = part_lse = None
     if splits > 1:
         parts = q.new_empty((splits, B, H, rows, Dv), dtype=torch.float32)
@@ -188,17 +190,24 @@ def plan_forward(
 
 
 @functools.cache
-def choose_splits(tiles: int, most: int, places: int) -> int:
+def choose_splits(tiles: int, most: int, multiprocessors: int, at_once: int) -> int:
     """Over how many programs to share the keys of each tile.
 
-    tiles: programs without splitting; most: splits that the keys suffice for; places: programs that the GPU holds at a
-    time. A GPU is used best where the last
-    round of programs is nearly full; of all that come close to the best the fewest is chosen, as every split is written
-    and read once more. (FlashAttention's rule; https://github.com/Dao-AILab/flash-attention, hopper/heuristics.h.)
+    tiles: programs without splitting; most: splits of SPLIT_KEYS that the keys suffice for; at_once: programs that a
+    multiprocessor holds.
+
+    Programs share the memory's rate, so the time is that of the multiprocessor with most of them, each with its share
+    of the keys and START_KEYS. One or two programs on every multiprocessor are best; a few more than fit at once are
+    worst, as the last ones run alone.
     """
-    most = max(1, min(MOST_SPLITS, most, 2 * places // tiles))
-    filled = [tiles * n / (-(-tiles * n // places) * places) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(filled, start=1) if share >= GOOD_FILL * max(filled))
+
+    def time(splits: int) -> float:
+        programs = tiles * splits
+        rounds = programs / multiprocessors
+        rounds = math.ceil(rounds) if programs <= at_once * multiprocessors else rounds + TAIL
+        return rounds * (most * SPLIT_KEYS / splits + START_KEYS)
+
+    return min(range(1, max(1, min(MOST_SPLITS, most)) + 1), key=time)
 
 
 def padded(size: int) -> int:

@@ -177,11 +177,13 @@ def attend(
                 )  # fmt: skip
                 masked = tl.load(masked_at, mask=row_held[:, None] & held[None, :], other=0)
                 if mask.dtype.element_ty == tl.float32:
-                    # The largest numbers, as models have them in masks, stay finite in base 2.
+                    # The largest numbers, as models have them in masks, stay finite in base 2. In base 2 already here:
+                    # a GPU rounds a product and its sum at once, and beside a shift rounded before, numbers as large
+                    # as these would leave a difference.
                     bounded = tl.minimum(tl.maximum(masked, -1e38), 1e38)
-                    masked = tl.where(masked == float("-inf"), masked, bounded)
-                    scores = scores * (factor / LOG2_E) + masked
-                    factor = LOG2_E
+                    masked = tl.where(masked == float("-inf"), masked, bounded) * LOG2_E
+                    scores = scores * factor + masked
+                    factor = 1.0
                 else:
                     scores = tl.where(masked != 0, scores, float("-inf"))
             if edge:

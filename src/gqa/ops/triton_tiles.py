@@ -77,8 +77,11 @@ def tile(
         return dataclasses.replace(found, block_rows=max(16, found.block_rows // 2))
     if kernel != "decode":
         return found
-    block_rows = next((most for most in DECODE_ROWS if rows <= most), found.block_rows)
-    return dataclasses.replace(found, block_rows=min(block_rows, found.block_rows))
+    block_rows = min(next((most for most in DECODE_ROWS if rows <= most), found.block_rows), found.block_rows)
+    block_keys = found.block_keys
+    if kv_dtype == torch.int8 and (block_rows > DECODE_ROWS[0] or dtype == torch.float32):
+        block_keys = min(block_keys, 64)  # with more of them, registers do not suffice
+    return dataclasses.replace(found, block_rows=block_rows, block_keys=block_keys)
 
 
 def place(

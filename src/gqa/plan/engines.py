@@ -14,7 +14,15 @@ from typing import Protocol
 
 from gqa.config import LayerShape, ModelShape
 from gqa.errors import GqaError
-from gqa.plan.cache import FP32_BYTES, bytes_of_heads, kv_bytes, row_bytes, served_row_bytes
+from gqa.plan.cache import (
+    FP32_BYTES,
+    bytes_of_heads,
+    kv_bytes,
+    kv_bytes_per_token,
+    row_bytes,
+    served_row_bytes,
+    state_bytes,
+)
 from gqa.plan.kv_dtype import KvDtype
 from gqa.plan.pool import Pool
 from gqa.plan.vllm import LATEST, Vllm
@@ -59,6 +67,38 @@ class Contiguous:
         one = kv_bytes(shape, context, 1, kv)
         concurrency = max(0, budget) / one if one else math.inf
         return Pool(max(0, budget) * context // one if one else 0, concurrency)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Blocks of tokens in one pool, each over all layers, as `gqa.cache.pool.BlockPool` hands them out."""
+
+    name: str = "paged"
+    utilisation: float = 0.9
+    block: int = 16
+
+    def rules(self, shape: ModelShape, kv: KvDtype) -> tuple[str, ...]:
+        said = [f"gqa's paged cache: a request takes whole blocks of {self.block} tokens of every layer."]
+        if any(layer.window for layer in shape.layers):
+            said.append("gqa's paged cache: sliding layers keep every token.")
+        return tuple(said)
+
+    def bytes_for(self, shape: ModelShape, context: int, requests: int, kv: KvDtype) -> int:
+        return requests * (-(-context // self.block) * self.block_bytes(shape, kv) + state_bytes(shape, kv))
+
+    def pool(self, shape: ModelShape, context: int, budget: int, kv: KvDtype) -> Pool:
+        one, block = self.bytes_for(shape, context, 1, kv), self.block_bytes(shape, kv)
+        if not one:
+            return Pool(0, math.inf)
+        if one == -(-context // self.block) * block:  # a part of a block is of no use
+            blocks = max(0, budget) // block
+            return Pool(blocks * self.block, blocks / -(-context // self.block), blocks, self.block)
+        requests = max(0, budget) // one
+        return Pool(requests * context, float(requests), block_tokens=self.block)
+
+    def block_bytes(self, shape: ModelShape, kv: KvDtype) -> int:
+        """Bytes of one block over all layers."""
+        return self.block * kv_bytes_per_token(shape, kv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +218,16 @@ class LlamaCpp:
 
 
 def find_engine(name: str, *, block: int | None = None, batched_tokens: int | None = None) -> Engine:
-    """The engine of that name: `contiguous`, `vllm` or `vllm@0.19` for a version's rules, `sglang`, `llama.cpp`.
+    """The engine of that name: `contiguous`, `paged`, `vllm` or `vllm@0.19` for a version's rules, `sglang`,
+    `llama.cpp`.
 
     block: tokens per block or page; batched_tokens: the most tokens of a step (vLLM's --max-num-batched-tokens,
     llama.cpp's --ubatch-size). Raises GqaError for other names and for options that the engine does not have.
     """
     plain = name.lower()
-    own = {"contiguous": (), "sglang": ("--block",), "llama.cpp": ("--batched-tokens",)}.get(plain, ())
+    own = {"contiguous": (), "paged": ("--block",), "sglang": ("--block",), "llama.cpp": ("--batched-tokens",)}.get(
+        plain, ()
+    )
     match = re.fullmatch(r"vllm(?:@(\d{1,3})\.(\d{1,3})(?:\.\d{1,3})?)?", plain)
     for option, value in (("--block", block), ("--batched-tokens", batched_tokens)):
         if value is not None and not 1 <= value <= 1 << 30:
@@ -200,10 +243,12 @@ def find_engine(name: str, *, block: int | None = None, batched_tokens: int | No
         return LlamaCpp(micro_batch=batched_tokens or 512)
     if plain == "contiguous":
         return Contiguous()
+    if plain == "paged":
+        return Paged(block=block or 16)
     raise GqaError("an unknown engine", got=repr(name), allowed=f"{', '.join(ENGINES)}, or vllm@0.19 for a version")
 
 
-ENGINES = ("contiguous", "vllm", "sglang", "llama.cpp")
+ENGINES = ("contiguous", "paged", "vllm", "sglang", "llama.cpp")
 
 
 def _k_and_v(layer: LayerShape, kv: KvDtype, served: bool = True) -> dict[str, int]:

@@ -23,8 +23,9 @@ TOP, BOTTOM = 30, 46  # room for the y title above the panel, ticks and x title 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """name: written at the line's end; points: (x, y), drawn as filled marks; spreads: (x, low, high) of the measured;
-    hollow: predicted marks; path: where the line goes if not through the points."""
+    """name: written at the line's end; points: (x, y), drawn as filled marks; spreads: (x, low, high) of the measured,
+    as bars or, with `band`, as one band; hollow: predicted marks; path: where the line goes if not through the points.
+    """
 
     name: str
     color: str
@@ -33,6 +34,7 @@ class Series:
     spreads: Sequence[tuple[float, float, float]] = ()
     hollow: Sequence[tuple[float, float]] = ()
     path: Sequence[tuple[float, float]] = ()
+    band: bool = False
 
     @property
     def line(self) -> Sequence[tuple[float, float]]:
@@ -187,8 +189,13 @@ def _series(alt: Any, x: Axis, y: Axis, one: Series) -> list[Any]:
     layers = [_data(alt, one.line).mark_line(color=one.color, strokeWidth=2, strokeJoin="round").encode(**encodings)]
     if one.spreads:
         rows = [{"x": a, "y": low, "y2": high} for a, low, high in one.spreads]
-        bars = alt.Chart(alt.Data(values=rows)).mark_rule(color=one.color, strokeWidth=5, opacity=0.3)
-        layers.append(bars.encode(**encodings, y2=alt.Y2("y2:Q")))
+        drawn = alt.Chart(alt.Data(values=rows))
+        drawn = (
+            drawn.mark_area(color=one.color, opacity=0.18, strokeWidth=0)
+            if one.band
+            else drawn.mark_rule(color=one.color, strokeWidth=5, opacity=0.3)
+        )
+        layers.append(drawn.encode(**encodings, y2=alt.Y2("y2:Q")))
     for marks, fill in ((one.points, one.color), (one.hollow, "var(--paper)")):
         if marks:
             size = MARK if len(marks) <= MANY else MARK / 4

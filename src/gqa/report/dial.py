@@ -87,7 +87,7 @@ def controls(
 def data(study: Study) -> dict[str, Any]:
     """What the script shows, stop by stop."""
     more = study.view.data() if study.view else {}
-    return {"gap": forms.NOT_MEASURED, "file": "study.json", "stops": [_stop(study, n) for n in study.stops], **more}
+    return {"gap": forms.NOT_MEASURED, "stops": [_stop(study, n) for n in study.stops], **more}
 
 
 def _stop(study: Study, kv_heads: int) -> dict[str, Any]:

@@ -10,9 +10,17 @@ from string import Template
 from typing import Any
 
 from gqa.record import Record
-from gqa.report import alternatives, dial, figures, forms, tables, words
+from gqa.report import alternatives, dial, figures, forms, patterns, tables, words
 from gqa.report.reading import Study, number
 from gqa.units import format_bytes, format_seconds
+
+KV_CACHE = (
+    "To write the next token, a language model reads back a key and a value that it stored for every token before it,"
+    " in every layer and for every KV head. This store is the <em>KV cache</em>. In multi-head attention (MHA) each"
+    " query head has a KV head of its own; in grouped-query attention (GQA) several query heads share one; in"
+    " multi-query attention (MQA) all of them share a single one. Fewer KV heads mean a smaller cache and less to read"
+    " per token."
+)
 
 
 def render(record: Record) -> str:
@@ -24,23 +32,61 @@ def render(record: Record) -> str:
     sections = section("saves", "What fewer KV heads save", "", figures_html(saves))
     sections += section("costs", "What they cost", _methods(study), figures_html(costs))
     sections += section("learning", "What it does to learning", "", figures_html(figures.gradient_figures(study)))
-    return Template(asset("page.html")).substitute(
-        title=escape(f"GQA study: {study.name}"),
-        name=escape(study.name),
-        command="study",
-        created=escape(str(record.created)[:10]),
-        style=asset("page.css") + stop_colors(len(study.stops)),
-        finding=escape(words.finding(study)),
-        lede="What that saves, and what it costs in quality, was measured here at every setting.",
-        how="How this was measured",
-        dial=dial.html(study),
-        settings=tables.html(_settings(study), "Every setting"),
+    sections += section("heads", "What the heads look at", patterns.html(study), figures_html(patterns.figures(study)))
+    return document(
+        record,
+        title=f"GQA study: {study.name}",
+        name=study.name,
+        finding=words.finding(study),
+        lede=f"{KV_CACHE} What that saves, and what it costs in quality, was measured here at every setting.",
+        style=stop_colors(len(study.stops)),
+        opening=opening(dial.html(study), tables.html(_settings(study), "Every setting")),
         figures=sections + (alternatives.html(study.view) if study.view else ""),
+        how="How this was measured",
         method=_method(study),
-        record=embedded(json.loads(record.to_json())),
-        dial_data=embedded(dial.data(study)),
-        script=asset("dial.js") + asset("alternatives.js"),
+        dial_data=dial.data(study),
     )
+
+
+def document(
+    record: Record,
+    *,
+    title: str,
+    name: str,
+    finding: str,
+    lede: str,
+    figures: str,
+    how: str,
+    method: str,
+    style: str = "",
+    opening: str = "",
+    dial_data: Mapping[str, Any] | None = None,
+) -> str:
+    """A whole page. title, name and finding are plain text, the others HTML; dial_data: what the dial shows, of a page
+    that has one in its opening."""
+    data = "" if dial_data is None else f'<script type="application/json" id="dial-data">{embedded(dial_data)}</script>'
+    scripts = ["record.js"] if dial_data is None else ["record.js", "patterns.js", "dial.js", "alternatives.js"]
+    return Template(asset("page.html")).substitute(
+        title=escape(title),
+        name=escape(name),
+        command=escape(record.command),
+        created=escape(str(record.created)[:10]),
+        style=asset("page.css") + style,
+        finding=escape(finding),
+        lede=lede,
+        opening=opening,
+        figures=figures,
+        how=how,
+        method=method,
+        record=embedded(json.loads(record.to_json())),
+        more_data=data,
+        script="".join(map(asset, scripts)),
+    )
+
+
+def opening(dial_html: str, settings: str) -> str:
+    """The dial, and below it the table of all its stops."""
+    return Template(asset("dial.html")).substitute(dial=dial_html, settings=settings)
 
 
 def asset(name: str) -> str:
@@ -181,7 +227,8 @@ def again(file: str) -> str:
     """How to draw the page once more."""
     return (
         "<h3>Make this page again</h3>\n<p>It is drawn from its record alone, which lies inside it: "
-        f'<button type="button" id="save-record">save {file}</button>, then <code>gqa report {file}</code>.</p>'
+        f'<button type="button" id="save-record" data-file="{file}">save {file}</button>,'
+        f" then <code>gqa report {file}</code>.</p>"
     )
 
 

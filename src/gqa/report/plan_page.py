@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from html import escape
-from string import Template
 from typing import Any
 
 from gqa.errors import GqaError
 from gqa.record import Record
 from gqa.report import alternatives, dial, forms, tables
 from gqa.report.controls import big_number
-from gqa.report.page import again, asset, embedded, facts_html, figures_html, section, stop_colors
+from gqa.report.page import KV_CACHE, again, document, facts_html, figures_html, opening, section, stop_colors
 from gqa.report.plan_figures import growth
 from gqa.units import format_bytes, format_count, format_seconds
 
@@ -30,23 +27,19 @@ def render(record: Record) -> str:
         name = record.results["model"]["name"]
         raise GqaError(f"{name} has no KV heads to turn, and so no page with a dial", hint="leave out --html")
     view = alternatives.View(record, [record.results["settings"].index(row) for row in stops])
-    return Template(asset("page.html")).substitute(
-        title=escape(f"GQA plan: {record.results['model']['name']}"),
-        command="plan",
-        name=escape(str(record.results["model"]["name"])),
-        created=escape(str(record.created)[:10]),
-        style=asset("page.css") + stop_colors(len(stops)),
-        finding=escape(_finding(record, stops)),
-        lede="What that would save is worked out here for every setting, by arithmetic alone.",
-        dial=_dial(record, stops, view),
-        settings=tables.html(_settings(stops), "Every setting"),
+    return document(
+        record,
+        title=f"GQA plan: {record.results['model']['name']}",
+        name=str(record.results["model"]["name"]),
+        finding=_finding(record, stops),
+        lede=f"{KV_CACHE} What that would save is worked out here for every setting, by arithmetic alone.",
+        style=stop_colors(len(stops)),
+        opening=opening(_dial(record, stops, view), tables.html(_settings(stops), "Every setting")),
         figures=section("saves", "What fewer KV heads would save", "", figures_html([growth(record, stops)]))
         + alternatives.html(view),
         how="What this follows from",
         method=_method(record),
-        record=embedded(json.loads(record.to_json())),
-        dial_data=embedded(_data(record, stops, view)),
-        script=asset("dial.js") + asset("alternatives.js"),
+        dial_data=_data(record, stops, view),
     )
 
 
@@ -106,7 +99,7 @@ def _data(record: Record, stops: Sequence[Mapping[str, Any]], view: alternatives
         if row["is_current"]:
             quality = {"quality": "its own", "quality_note": "the model as it is"}
         shown.append({**texts, "reads": reads, "layers": {}, **quality, "by": view.by(index)})
-    return {"gap": forms.NOT_MEASURED, "file": "plan.json", "stops": shown, **view.data()}
+    return {"gap": forms.NOT_MEASURED, "stops": shown, **view.data()}
 
 
 def _settings(stops: Sequence[Mapping[str, Any]]) -> tables.Table:

@@ -6,6 +6,7 @@ calibration. The model is trained once per machine and kept in the user's cache 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -142,15 +143,16 @@ def embedded_parent(
     recipe: EmbeddedRecipe | None = None,
     progress: Progress = silent,
     corpus: Corpus | None = None,
+    device: str = "cpu",
 ) -> EmbeddedParent:
-    """The trained parent of this recipe, from the cache or trained now.
+    """The trained parent of this recipe, from the cache or trained now, on a CPU in fp32, on a GPU with bf16 products.
 
     Training writes a checkpoint every `checkpoint_steps` steps beside the final place, which appears whole by a
     rename: killed at any moment, the next call goes on from the last checkpoint and ends with the same weights.
     """
     recipe = EmbeddedRecipe() if recipe is None else recipe
     corpus = stdlib_corpus() if corpus is None else corpus
-    folder = cache_folder() / f"parent-{_key(recipe, corpus)}"
+    folder = cache_folder() / f"parent-{_key(recipe, corpus, device)}"
     if not (folder / METADATA).exists():
         working = folder.with_name(folder.name + ".partial")
         try:
@@ -161,7 +163,7 @@ def embedded_parent(
                 got=f"{working}: {error.strerror}",
                 hint="set GQA_CACHE to a folder of yours",
             ) from None
-        _train(recipe, corpus, working, progress)
+        _train(recipe, corpus, working, progress, device)
         _publish(working, folder)
     facts = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     return EmbeddedParent(
@@ -188,17 +190,19 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def _key(recipe: EmbeddedRecipe, corpus: Corpus) -> str:
-    """A name for everything that decides the weights: recipe, train files, torch's version, this code's format."""
+def _key(recipe: EmbeddedRecipe, corpus: Corpus, device: str) -> str:
+    """A name for everything that decides the weights: recipe, train files, torch's version, device, this code's
+    format."""
     import torch
 
-    digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(recipe), torch.__version__]).encode())
+    elsewhere = [] if device == "cpu" else [device]
+    digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(recipe), torch.__version__, *elsewhere]).encode())
     for path in corpus.train:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
-def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Progress) -> None:
+def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Progress, device: str) -> None:
     """Train in `working` until the finished model lies in `working`/model."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -214,8 +218,11 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = _new_model(recipe)
+        model = _new_model(recipe).to(device)
     model.train()
+    precision = torch.autocast(device, torch.bfloat16) if device != "cpu" else contextlib.nullcontext()
+    every = 1 if device == "cpu" else 20  # steps between two looks at the loss, for which a GPU would have to stop
+    shown = math.nan
     optimizers = _optimizers(model, recipe)
     first, seconds_before = _resume(working, model, optimizers)
     loss_sum, loss_count = 0.0, 0
@@ -223,9 +230,10 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
     for step, batch in enumerate(batches):
         if step < first:
             continue
-        ids = torch.from_numpy(batch)
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        ids = torch.from_numpy(batch).to(device)
+        with precision:
+            logits = model(input_ids=ids, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         for optimizer in optimizers:
@@ -235,7 +243,9 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
         model.zero_grad()
         if step >= recipe.steps - max(1, recipe.steps // 20):
             loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
-        progress("training the parent", step + 1, recipe.steps, f"loss {loss.item():.2f}")
+        if (step + 1) % every == 0:
+            shown = loss.item()
+        progress("training the parent", step + 1, recipe.steps, f"loss {shown:.2f}")
         if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < recipe.steps:
             spent = seconds_before + time.perf_counter() - began
             _save_state(working, model, optimizers, step + 1, spent)

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,16 +26,22 @@ from gqa.study import rows
 from gqa.study.corpus import StudyText
 from gqa.study.steps import Steps
 
+if TYPE_CHECKING:
+    from gqa.study.patterns import Groups
+
 # What is compared at every setting: the published baseline, the closed form, and that refined.
 METHODS = ("mean", "svd", "svd+refine")
 BEST = METHODS[-1]
+# What else is looked at in the models.
+ANALYSES = ("gradients", "patterns")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """kv_heads: stops of the dial below the parent's (empty: every divisor). calibration_windows: for conversion;
     the same ones serve refinement. test_windows: for every evaluation. uptrain_tokens: for every child and for the
-    control (0: no uptraining). contexts: where decoding is timed, in tokens, with decode_repeats steps each."""
+    control (0: no uptraining). contexts: where decoding is timed, in tokens, with decode_repeats steps each.
+    analyses: which of ANALYSES are made; a study may be given again with more of them."""
 
     kv_heads: tuple[int, ...] = ()
     calibration_windows: int = 128
@@ -45,6 +51,7 @@ class Settings:
     refine_steps: int = 120
     decode_repeats: int = 24
     seed: int = 0
+    analyses: tuple[str, ...] = ANALYSES
 
 
 def run(
@@ -77,7 +84,7 @@ def run(
     return record
 
 
-_GRADIENT_WINDOWS = 32  # of test text
+_GRADIENT_WINDOWS, _PATTERN_WINDOWS = 32, 16  # of test text
 
 
 class _Study:
@@ -93,7 +100,7 @@ class _Study:
         window = text.train.shape[1]
         self.uptrain = text.train[: max(1, settings.uptrain_tokens // window)] if settings.uptrain_tokens else None
         stages = 2 if self.uptrain is not None else 1
-        total = 3 + (stages - 1) + len(settings.kv_heads) * len(METHODS) * (1 + stages)
+        total = 2 + len(settings.analyses) + (stages - 1) + len(settings.kv_heads) * len(METHODS) * (1 + stages)
         self.steps = Steps(out, self._identity(), total, progress)
         self._parent_logits: Any = None  # computed once for all children
 
@@ -102,16 +109,22 @@ class _Study:
         control = self._control()
         quality = [rows.quality(self.shape.kv_heads, "parent", "converted", parent, parent)]
         layers: list[dict[str, Any]] = []
+        groups: dict[int, Groups] = {}
         for kv_heads in self.settings.kv_heads:
             for method in METHODS:
                 report = self._convert(kv_heads, method)
                 layers += rows.layers(kv_heads, method, report)
+                groups[kv_heads] = {row["layer"]: row["groups"] for row in report["layers"]}  # of BEST in the end
                 for stage, figures in self._stages(kv_heads, method):
                     seconds = report["seconds"] if stage == "converted" else figures["uptrain_seconds"]
                     quality.append(rows.quality(kv_heads, method, stage, figures, parent, seconds))
         rows.share_losses(quality)
         decode = self.steps.do("decode", self._decode)["rows"]
-        gradients = self.steps.do("gradients", self._gradients)
+        analyses: dict[str, Any] = {}
+        if "gradients" in self.settings.analyses:
+            analyses |= self.steps.do("gradients", self._gradients)
+        if "patterns" in self.settings.analyses:
+            analyses |= self.steps.do("patterns", lambda: self._patterns(groups))
         stops = (self.shape.kv_heads, *self.settings.kv_heads)
         results = {
             "parent": rows.parent_facts(self.shape, self.source.name, training) | rows.scores(parent),
@@ -120,7 +133,7 @@ class _Study:
             "quality": quality,
             "layers": layers,
             "decode": decode,
-            **gradients,
+            **analyses,
             "capacity": rows.capacity(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
             "plan": rows.planned(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
         }
@@ -137,8 +150,10 @@ class _Study:
     def _identity(self) -> dict[str, Any]:
         """What tells this study from another."""
         parts = {"train": self.text.train, "calibration": self.calibration, "test": self.test}
+        settings = dataclasses.asdict(self.settings)
+        del settings["analyses"]
         return {
-            "settings": dataclasses.asdict(self.settings),
+            "settings": settings,
             "model": _fingerprint(self.parent),
             "text": {name: hashlib.sha256(part.tobytes()).hexdigest() for name, part in parts.items()},
         }
@@ -148,12 +163,22 @@ class _Study:
             f"Quality is measured on {self.test.size:,} tokens of test text in windows of {self.test.shape[1]}; "
             "no test text was seen in training, calibration or uptraining. Standard errors are over windows.",
             f"Calibration and refinement look at {self.calibration.size:,} tokens, without labels.",
-            "Growth of gradients: norm of a KV head's rows of W_k or W_v times that of the weights, at random "
-            f"weights over seeds, in models right after conversion over {_GRADIENT_WINDOWS} windows; 95 % intervals.",
             "Decoding is timed at batch 1 with a cache filled with random keys and values; contexts may be longer than "
             "the model was trained for, which changes the text but not the time.",
             f"Capacity is arithmetic: 90 % of the device's memory, minus the weights, for a {self._kv_dtype} cache.",
         ]
+        if "gradients" in self.settings.analyses:
+            said.append(
+                "Growth of gradients: norm of a KV head's rows of W_k or W_v times that of the weights, at random "
+                f"weights over seeds, in models right after conversion over {_GRADIENT_WINDOWS} windows; 95 % "
+                "intervals."
+            )
+        if "patterns" in self.settings.analyses:
+            said.append(
+                f"What heads look at: {BEST} right after conversion, and a random model of the parent's shape; figures "
+                f"are means over {min(_PATTERN_WINDOWS, len(self.test))} windows of test text and every query token "
+                "after the first; maps are of the start of one window, in 64 levels of the root of a share."
+            )
         if self.uptrain is not None:
             said.insert(
                 2,
@@ -254,6 +279,15 @@ class _Study:
         folders = {self.shape.query_heads // self.shape.kv_heads: self.parent}
         folders |= {self.shape.query_heads // n: self._folder(n, BEST) for n in self.settings.kv_heads}
         return measure(folders, self.test[:_GRADIENT_WINDOWS])
+
+    def _patterns(self, groups: Mapping[int, Groups]) -> dict[str, Any]:
+        """What the heads of the parent, its children and a random model look at."""
+        from gqa.study.patterns import Child, measure
+        from gqa.text import load_tokenizer
+
+        children = {n: Child(self._folder(n, BEST), groups[n]) for n in self.settings.kv_heads}
+        tokenizer = load_tokenizer(self.parent)
+        return measure(self.parent, children, self.test[:_PATTERN_WINDOWS], tokenizer, self.settings.seed)
 
     @property
     def _uptrain(self) -> np.ndarray:

@@ -32,6 +32,12 @@ _MEASURED = (
     "seconds_per_token_p80",
     "norm_ratio",
     "exponent",
+    "distance_tokens",
+    "entropy_nats",
+    "first_share",
+    "previous_share",
+    "within_nats",
+    "between_nats",
 )
 _PREDICTED = (
     "kv_bytes_per_token",

@@ -122,14 +122,6 @@
     label.addEventListener("click", () => { slider.value = k; turned(); }));
   addEventListener("hashchange", () => { recall(); show(false); });
   new ResizeObserver(() => show(false)).observe(picture.parentElement);
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
-
-  document.getElementById("save-record").addEventListener("click", () => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([document.getElementById("record").textContent], { type: "application/json" }));
-    link.download = view.file;
-    link.click();
-  });
 
   dial.hidden = false;
   recall();
