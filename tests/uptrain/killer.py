@@ -103,7 +103,10 @@ while done < kills or not finished:
         assert (out / "model.safetensors").read_bytes() == expected, "other weights"
         assert sorted(os.listdir(out)) == sorted(os.listdir(out.with_name("undisturbed")))
         if status == 0:
-            assert not out.with_name(out.name + ".partial").exists()
+            left = [
+                name for name in os.listdir(out.parent) if name.lstrip(".").startswith(out.name) and name != out.name
+            ]
+            assert not left, left
             shutil.rmtree(out)
             finished += 1
 print(f"{done} kills, {finished} results, all of them equal")

@@ -68,7 +68,8 @@ def find_job(
                 hint="give another folder, or delete this one",
             )
         if _identity(job.working / _JOB) == job.identity:  # killed between the rename and this
-            shutil.rmtree(job.working)
+            _discard(job.working)
+        shutil.rmtree(_gone(job.working), ignore_errors=True)  # killed in the midst of that
         return dataclasses.replace(job, done=True)
     if job.working.exists() and _identity(job.working / _JOB) != job.identity:
         raise GqaError(
@@ -120,7 +121,7 @@ def finish(model: PreTrainedModel, source: Checkpoint, job: Job, report: dict[st
     sync_folder(result)
     os.rename(result, job.out)
     sync_folder(job.out.parent)
-    shutil.rmtree(job.working, ignore_errors=True)
+    _discard(job.working)
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -128,6 +129,17 @@ def read_report(out: Path) -> dict[str, Any]:
     report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     del report["identity"]
     return report
+
+
+def _discard(working: Path) -> None:
+    """Delete a working folder so that it never stands there without the mark that tells whose it is."""
+    shutil.rmtree(_gone(working), ignore_errors=True)
+    os.rename(working, _gone(working))
+    shutil.rmtree(_gone(working), ignore_errors=True)
+
+
+def _gone(working: Path) -> Path:
+    return working.with_name(f".{working.name}.gone")
 
 
 def _tell(path: Path, report: dict[str, Any]) -> None:
