@@ -127,4 +127,4 @@ def _echo(text: str, **how: bool) -> None:
 
 
 def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -147,9 +147,11 @@ def _tell(path: Path, report: dict[str, Any]) -> None:
     teacher = "without a teacher"
     if report["parent"] is not None:
         teacher = f"with the parent as teacher (weight {report['distill_weight']:g} on KL, the rest on the text)"
+    moved = {"attention": ", of the attentions alone", "lora": f", as updates of rank {report.get('lora_rank')}"}
     text = (
         f"## Uptraining\n\nTrained with `gqa uptrain` for {report['tokens']} tokens, in steps of "
-        f"{report['batch']} windows of {report['window']} tokens, AdamW at {report['learning_rate']:g}, {teacher}.\n"
+        f"{report['batch']} windows of {report['window']} tokens, AdamW at {report['learning_rate']:g}"
+        f"{moved.get(report.get('train', 'all'), '')}, {teacher}.\n"
     )
     write_text_atomic(path, before + text)
 
