@@ -149,3 +149,17 @@ def test_an_output_of_something_else_stays_untouched(parent, tmp_path):
     with pytest.raises(GqaError, match="interrupted"):
         uptrain(folder, tmp_path / "other", windows=windows[:8])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "other.partial", "out"]
+
+
+def test_two_at_once_do_not_disturb_each_other(parent, tmp_path):
+    folder, windows = parent
+    refused = []
+
+    def meanwhile(stage, done, total, note=""):
+        with pytest.raises(GqaError, match="another process is at work"):
+            uptrain(folder, tmp_path / "out", windows=windows[:16])
+        refused.append(done)
+
+    uptrain(folder, tmp_path / "out", windows=windows[:16], progress=meanwhile)
+    assert refused == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

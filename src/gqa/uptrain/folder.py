@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -80,10 +81,21 @@ def find_job(
     return job
 
 
-def begin(job: Job, source: Checkpoint) -> None:
-    """Make the working folder, unless an interrupted run left it. GqaError if it cannot be written."""
-    if job.working.exists():
-        return
+def begin(job: Job, source: Checkpoint) -> int:
+    """Make the working folder, unless an interrupted run left it, and own it until the handle that this returns is
+    closed. GqaError if it cannot be written, or another process owns it."""
+    if not job.working.exists():
+        _make(job, source)
+    handle = os.open(job.working / _JOB, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise GqaError("another process is at work on this uptraining", got=job.working, hint="wait for it") from None
+    return handle
+
+
+def _make(job: Job, source: Checkpoint) -> None:
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
         # Two checkpoints in fp32 with two moments of Adam each, and the result as it was stored.

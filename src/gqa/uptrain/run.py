@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,16 @@ class _Run:
     settings: Settings
     world: Processes
     progress: Progress
+    owned: list[int] = dataclasses.field(default_factory=list)  # the handle of the working folder, in the first process
 
     def work(self) -> dict[str, Any]:
+        try:
+            return self._work()
+        finally:
+            for handle in self.owned:
+                os.close(handle)
+
+    def _work(self) -> dict[str, Any]:
         text, settings = self.text, self.settings
         micro_batch(settings, self.world)
         if isinstance(text, TrainingText) and len(text.order) < settings.batch:
@@ -106,7 +115,7 @@ class _Run:
             check_windows(piece, vocabulary, "the model")
         choose(model, read_json(self.folder / "config.json"), settings)
         teacher = None if parent is None else self._teacher(parent, vocabulary, job)
-        self.world.agree(lambda: begin(job, source))
+        self.world.agree(lambda: self._begin(job, source))
         weight = asked["distill_weight"]
         checkpoints = job.working / "checkpoints"
         with quiet_transformers():
@@ -120,8 +129,12 @@ class _Run:
     def _load(self, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, processes=self.world.count)
 
+    def _begin(self, job: Job, source: Checkpoint) -> None:
+        if not self.owned:
+            self.owned.append(begin(job, source))
+
     def _pack(self, text: StreamedText, job: Job, source: Checkpoint) -> None:
-        begin(job, source)
+        self._begin(job, source)
         try:
             text.pack(job.working, self.progress)
         except GqaError:
