@@ -98,3 +98,10 @@ def test_too_little_text_is_told(rows, parent, tmp_path):
     path.write_text('{"body": "a"}\n')
     with pytest.raises(GqaError, match="too short"):
         streamed(path, parent).pack(tmp_path, silent)
+
+
+def test_an_early_stop_needs_windows_that_are_held_out(rows, parent, tmp_path):
+    settings = Settings(batch=4, early_stop=True)
+    with pytest.raises(GqaError, match="held out"):
+        uptrain(parent, tmp_path / "out", windows=streamed(rows[0], parent), parent_folder=parent, settings=settings)
+    assert not (tmp_path / "out.partial").exists()

@@ -97,8 +97,9 @@ class _Run:
             raise GqaError(
                 "less text than one batch", got=f"{len(text.order)} windows", allowed=f"{settings.batch} or more"
             )
-        if settings.early_stop and (self.parent_folder is None or not np.size(text.held_out)):
-            raise GqaError("an early stop needs a parent and windows that are held out")
+        held_out = text.held_out if isinstance(text, StreamedText) else len(text.held_out)
+        if settings.early_stop and (self.parent_folder is None or not held_out):
+            raise GqaError("an early stop needs a parent as teacher, and windows that are held out")
         source = Checkpoint(self.folder)
         parent = None if self.parent_folder is None else Checkpoint(self.parent_folder)
         asked = settings.asked(teacher=parent is not None)
@@ -114,7 +115,7 @@ class _Run:
         for piece in self.text.pieces():
             check_windows(piece, vocabulary, "the model")
         choose(model, read_json(self.folder / "config.json"), settings)
-        teacher = None if parent is None else self._teacher(parent, vocabulary, job)
+        teacher = None if parent is None else self._teacher(parent, vocabulary)
         self.world.agree(lambda: self._begin(job, source))
         weight = asked["distill_weight"]
         checkpoints = job.working / "checkpoints"
@@ -141,7 +142,7 @@ class _Run:
             shutil.rmtree(job.working)  # without windows there is nothing yet that could be gone on with
             raise
 
-    def _teacher(self, source: Checkpoint, vocabulary: int, job: Job) -> teachers.Teacher:
+    def _teacher(self, source: Checkpoint, vocabulary: int) -> teachers.Teacher:
         """The parent, or what it wrote to the folder of settings.teacher_logits."""
         logits, k, world = self.settings.teacher_logits, self.settings.top_k, self.world
         if logits is not None and world.agree(lambda: teachers.is_stored(logits, source, self.text, k)):
