@@ -42,9 +42,27 @@ def test_a_model_of_ones_own(parent, tmp_path, capsys):
     assert "another study" in capsys.readouterr().err
 
 
+def test_a_dial_turned_as_far_as_a_budget_allows(parent, tmp_path, capsys):
+    folder, corpus = parent
+    out = tmp_path / "study"
+    arguments = ("study", folder, "--text", corpus.train[0], "--out", out, "--window", "32", "--uptrain-tokens", "0")
+    arguments += ("--kv-heads", "auto", "--budget", "400%", "--analyses", "none")
+    assert run(*arguments, "--dry-run") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("estimate: at most ")
+    assert "of memory" in printed.out
+    assert not out.exists()
+    assert run(*arguments) == 0
+    printed = capsys.readouterr()
+    assert "The fewest KV heads within 400.0% of the parent's perplexity: 1." in printed.out
+    assert "estimate: at most " in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("model", "--text", "corpus.txt", "--budget", "2%"), "--budget is for --kv-heads auto"),
+        (("model", "--text", "corpus.txt", "--kv-heads", "auto", "--budget", "much"), "a share is not understood"),
         (("--text", "corpus.txt"), "--text needs a MODEL"),
         (("model",), "needs text"),
         (("model", "--text", "corpus.txt", "--kv-heads", "two"), "not a list of numbers"),

@@ -16,7 +16,8 @@ from gqa.record import read_record
 from gqa.report.page import render
 from gqa.source import open_checkpoint
 from gqa.study.corpus import from_corpus, from_files
-from gqa.study.pipeline import ANALYSES, METHODS, Settings, run
+from gqa.study.pipeline import run
+from gqa.study.settings import ANALYSES, METHODS, Settings
 
 SETTINGS = Settings(
     calibration_windows=16, test_windows=8, uptrain_tokens=8 * 32, contexts=(16, 64), refine_steps=5, decode_repeats=3
@@ -159,7 +160,8 @@ from pathlib import Path
 from gqa.source import open_checkpoint
 from gqa.study.corpus import from_corpus
 from gqa.study.embedded import Corpus
-from gqa.study.pipeline import Settings, run
+from gqa.study.pipeline import run
+from gqa.study.settings import Settings
 corpus = Corpus(*[tuple(Path(p) for p in part) for part in {parts}])
 run(open_checkpoint({str(folder)!r}), from_corpus(corpus, Path({str(folder)!r}), window=32), Path({str(out)!r}),
     Settings(**{dataclasses.asdict(SETTINGS)!r}), training={{"train_tokens": 1536}})

@@ -13,19 +13,23 @@ from gqa.cli import output
 from gqa.errors import GqaError
 from gqa.progress import Progress
 from gqa.record import Record, write_text_atomic
-from gqa.units import format_bytes, format_seconds, parse_tokens
+from gqa.units import format_bytes, format_seconds, parse_share, parse_tokens
 
 if TYPE_CHECKING:
     from gqa.source import Source
     from gqa.study.corpus import StudyText
+    from gqa.study.estimate import Estimate
 
 _EXAMPLES = """
 gqa study
 gqa study ./my-mha-model --text corpus.txt --out my-study
+gqa study ./my-mha-model --text corpus/ --kv-heads auto --budget 2%
+gqa study ./my-mha-model --text corpus.txt --dry-run
 gqa study ./my-mha-model --text corpus.txt --kv-heads 8,4 --uptrain-tokens 1M --json
 """
 
 _WINDOW = 256
+_BUDGET = "2%"
 _FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 2305.13245
 
 
@@ -35,7 +39,18 @@ _FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 
     "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Text to study MODEL on; repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), default="study", show_default=True, help="Folder of results.")
-@click.option("--kv-heads", metavar="N,N,...", help="Stops of the dial.  [default: every divisor below the parent's]")
+@click.option(
+    "--kv-heads",
+    metavar="N,N,...",
+    help="Stops of the dial, or auto: from the most down to the first that is beyond --budget.  [default: every"
+    " divisor below the parent's]",
+)
+@click.option(
+    "--budget",
+    metavar="SHARE",
+    help=f"Of --kv-heads auto: by how much perplexity may exceed the parent's.  [default: {_BUDGET}]",
+)
+@click.option("--dry-run", is_flag=True, help="Tell what the study would take, in time, memory and disk, and stop.")
 @click.option(
     "--uptrain-tokens", metavar="N", help="Per child, 0 for none.  [default: 5 % of the parent's training, if known]"
 )
@@ -54,6 +69,8 @@ def command(
     texts: tuple[Path, ...],
     out: Path,
     kv_heads: str | None,
+    budget: str | None,
+    dry_run: bool,
     uptrain_tokens: str | None,
     window: int | None,
     analyses: str,
@@ -67,15 +84,22 @@ def command(
     measured and its decoding timed. The folder OUT gets study.json and report.html. A study that was stopped goes
     on when the same command is given again.
     """
-    stops = parse_stops(kv_heads)
+    automatic = kv_heads == "auto"
+    if budget is not None and not automatic:
+        raise GqaError("--budget is for --kv-heads auto", hint=f"--kv-heads auto --budget {budget}")
+    share = parse_share(budget or _BUDGET) if automatic else None
+    stops = () if automatic else parse_stops(kv_heads)
     wanted = None if uptrain_tokens is None else 0 if uptrain_tokens.strip() == "0" else parse_tokens(uptrain_tokens)
     if model is None and texts:
         raise GqaError("--text needs a MODEL to study", hint="gqa study MODEL --text FILE")
     if model is not None and not texts:
         raise GqaError("a study needs text to measure on", hint=f"gqa study {model} --text FILE")
 
+    from gqa.config import parse_config
     from gqa.report.page import render
-    from gqa.study.pipeline import ANALYSES, Settings, run
+    from gqa.study.estimate import estimate
+    from gqa.study.pipeline import run
+    from gqa.study.settings import ANALYSES, Settings
     from gqa.study.steps import check_folder
 
     chosen = parse_analyses(analyses, ANALYSES)
@@ -87,7 +111,15 @@ def command(
         else:
             source, text, training = _own(model, texts, window, seed)
         tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
-        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens, analyses=chosen)
+        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens, analyses=chosen, budget=share)
+        settings = settings.for_model(parse_config(source.config, source.name))
+        if dry_run or not (out / "steps").exists():  # a study that goes on has told before
+            progress("estimating", 0, 1)
+            told = estimate(source, text, settings)
+            progress("estimating", 1, 1)
+            (output.data if dry_run else output.note)(tell(told, automatic))
+        if dry_run:
+            return
         record = run(source, text, out, settings, progress, training=training)
     page = out / "report.html"
     write_text_atomic(page, render(record))
@@ -95,9 +127,24 @@ def command(
         output.record(record)
     else:
         print_tables(record)
+        if share is not None:
+            output.data(found(record, share))
     output.note(
         f"done in {format_seconds(time.perf_counter() - started)}; the page: {page}, the record: {out / 'study.json'}"
     )
+
+
+def tell(told: Estimate, automatic: bool) -> str:
+    """An estimate in words."""
+    parts = [f"{name} {format_seconds(seconds)}" for name, seconds in told.seconds.items() if seconds]
+    most = "at most " if automatic else "about "
+    said = (
+        f"estimate: {most}{format_seconds(told.total_seconds)} ({', '.join(parts)}), up to "
+        f"{format_bytes(told.memory_bytes)} of memory, {format_bytes(told.disk_bytes)} of disk"
+    )
+    if told.available_bytes is not None and told.memory_bytes > told.available_bytes:
+        said += f"\nwarning: only {format_bytes(told.available_bytes)} of memory are free"
+    return said
 
 
 def parse_stops(text: str | None) -> tuple[int, ...]:
@@ -108,6 +155,14 @@ def parse_stops(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise GqaError("--kv-heads is not a list of numbers", got=repr(text), hint="--kv-heads 1,2,4") from None
+
+
+def found(record: Record, budget: float) -> str:
+    """What `--kv-heads auto` found."""
+    fewest = record.results["within_budget"]["kv_heads"]
+    if fewest is None:
+        return f"No setting that was studied keeps perplexity within {budget:.1%} of the parent's."
+    return f"The fewest KV heads within {budget:.1%} of the parent's perplexity: {fewest}."
 
 
 def parse_analyses(text: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gqa.config import ModelShape, check_kv_heads, kv_head_choices, parse_config
-from gqa.errors import GqaError
+from gqa.config import ModelShape, parse_config
 from gqa.plan.cache import kv_bytes
 from gqa.plan.kv_dtype import kv_dtype
 from gqa.progress import Progress, silent
@@ -24,34 +24,11 @@ from gqa.record import Record
 from gqa.source import Source
 from gqa.study import rows
 from gqa.study.corpus import StudyText
+from gqa.study.settings import BEST, METHODS, Settings, recipe_of
 from gqa.study.steps import Steps
 
 if TYPE_CHECKING:
     from gqa.study.patterns import Groups
-
-# What is compared at every setting: the published baseline, the closed form, and that refined.
-METHODS = ("mean", "svd", "svd+refine")
-BEST = METHODS[-1]
-# What else is looked at in the models.
-ANALYSES = ("gradients", "patterns")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """kv_heads: stops of the dial below the parent's (empty: every divisor). calibration_windows: for conversion;
-    the same ones serve refinement. test_windows: for every evaluation. uptrain_tokens: for every child and for the
-    control (0: no uptraining). contexts: where decoding is timed, in tokens, with decode_repeats steps each.
-    analyses: which of ANALYSES are made; a study may be given again with more of them."""
-
-    kv_heads: tuple[int, ...] = ()
-    calibration_windows: int = 128
-    test_windows: int = 128
-    uptrain_tokens: int = 0
-    contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
-    refine_steps: int = 120
-    decode_repeats: int = 24
-    seed: int = 0
-    analyses: tuple[str, ...] = ANALYSES
 
 
 def run(
@@ -69,16 +46,7 @@ def run(
     Raises GqaError if OUT holds another study, and for settings that are not on the model's dial.
     """
     shape = parse_config(source.config, source.name)
-    stops = settings.kv_heads or tuple(n for n in kv_head_choices(shape.query_heads) if n < shape.kv_heads)
-    for stop in stops:
-        check_kv_heads(shape, stop)
-        if stop >= shape.kv_heads:
-            raise GqaError(
-                f"{stop} KV heads are not fewer than the parent's {shape.kv_heads}",
-                allowed=", ".join(str(n) for n in kv_head_choices(shape.query_heads) if n < shape.kv_heads),
-            )
-    stops = tuple(sorted(set(stops), reverse=True))
-    study = _Study(source, shape, text, Path(out), dataclasses.replace(settings, kv_heads=stops), progress)
+    study = _Study(source, shape, text, Path(out), settings.for_model(shape), progress)
     record = study.run(training or {})
     record.write(study.out / "study.json")
     return record
@@ -99,10 +67,11 @@ class _Study:
         self.calibration = text.calibration[: settings.calibration_windows]
         window = text.train.shape[1]
         self.uptrain = text.train[: max(1, settings.uptrain_tokens // window)] if settings.uptrain_tokens else None
-        stages = 2 if self.uptrain is not None else 1
+        stages = settings.stages
         total = 2 + len(settings.analyses) + (stages - 1) + len(settings.kv_heads) * len(METHODS) * (1 + stages)
         self.steps = Steps(out, self._identity(), total, progress)
-        self._parent_logits: Any = None  # computed once for all children
+        self.stops: tuple[int, ...] = ()  # that were studied
+        self._parent_known: Any = None  # its logits, computed once for all children, or itself where they are too many
 
     def run(self, training: Mapping[str, Any]) -> Record:
         parent = self.steps.do("parent", lambda: self._evaluate(self.parent, with_parent=False))
@@ -110,6 +79,7 @@ class _Study:
         quality = [rows.quality(self.shape.kv_heads, "parent", "converted", parent, parent)]
         layers: list[dict[str, Any]] = []
         groups: dict[int, Groups] = {}
+        within: int | None = None
         for kv_heads in self.settings.kv_heads:
             for method in METHODS:
                 report = self._convert(kv_heads, method)
@@ -118,6 +88,11 @@ class _Study:
                 for stage, figures in self._stages(kv_heads, method):
                     seconds = report["seconds"] if stage == "converted" else figures["uptrain_seconds"]
                     quality.append(rows.quality(kv_heads, method, stage, figures, parent, seconds))
+            self.stops = (*self.stops, kv_heads)
+            if self.settings.budget is not None:
+                if quality[-1]["perplexity"] > (1 + self.settings.budget) * parent["perplexity"]:
+                    break
+                within = kv_heads
         rows.share_losses(quality)
         decode = self.steps.do("decode", self._decode)["rows"]
         analyses: dict[str, Any] = {}
@@ -125,13 +100,14 @@ class _Study:
             analyses |= self.steps.do("gradients", self._gradients)
         if "patterns" in self.settings.analyses:
             analyses |= self.steps.do("patterns", lambda: self._patterns(groups))
-        stops = (self.shape.kv_heads, *self.settings.kv_heads)
+        stops = (self.shape.kv_heads, *self.stops)
         results = {
             "parent": rows.parent_facts(self.shape, self.source.name, training) | rows.scores(parent),
             "control": None if control is None else {"train_tokens": self._uptrain.size} | rows.scores(control),
             "settings": [rows.setting(self.shape, kv_heads, self._kv_dtype, decode) for kv_heads in stops],
             "quality": quality,
             "layers": layers,
+            "within_budget": None if self.settings.budget is None else {"kv_heads": within},
             "decode": decode,
             **analyses,
             "capacity": rows.capacity(self.shape, stops, self._kv_dtype, max(self.settings.contexts)),
@@ -152,6 +128,8 @@ class _Study:
         parts = {"train": self.text.train, "calibration": self.calibration, "test": self.test}
         settings = dataclasses.asdict(self.settings)
         del settings["analyses"]
+        if settings["budget"] is None:
+            del settings["budget"]
         return {
             "settings": settings,
             "model": _fingerprint(self.parent),
@@ -194,21 +172,10 @@ class _Study:
         return self.steps.do("control", lambda: self._train_and_evaluate(self.parent, self.out / "models" / "control"))
 
     def _convert(self, kv_heads: int, method: str) -> dict[str, Any]:
-        from gqa.convert.recipe import make_recipe
         from gqa.convert.run import convert
 
         def work() -> dict[str, Any]:
-            name, _, refined = method.partition("+")
-            baseline = name == "mean"
-            recipe = make_recipe(
-                kv_heads,
-                name,  # type: ignore[arg-type]
-                calibration_tokens=0 if baseline else self.calibration.size,
-                refine_tokens=self.calibration.size if refined else 0,
-                refine_steps=self.settings.refine_steps,
-                window=self.calibration.shape[1],
-                seed=self.settings.seed,
-            )
+            recipe = recipe_of(kv_heads, method, self.settings, self.calibration)
             folder = self._folder(kv_heads, method)
             return convert(self.source, folder, recipe, self.calibration, self.progress, texts=[self.text.name])
 
@@ -243,41 +210,51 @@ class _Study:
 
     def _evaluate(self, folder: Path, *, with_parent: bool = True) -> dict[str, Any]:
         from gqa.evaluate import evaluate, load_model, remember
+        from gqa.study.estimate import REMEMBERED_BYTES, logits_bytes
 
         if not with_parent:
             return evaluate(load_model(folder), self.test)
-        if self._parent_logits is None:
-            self._parent_logits = remember(load_model(self.parent), self.test)
-        return evaluate(load_model(folder), self.test, parent=self._parent_logits)
+        if self._parent_known is None:
+            parent = load_model(self.parent)
+            size = logits_bytes(*self.test.shape, parent.config.get_text_config().vocab_size)
+            self._parent_known = remember(parent, self.test) if size <= REMEMBERED_BYTES else parent
+        return evaluate(load_model(folder), self.test, parent=self._parent_known)
 
     def _decode(self) -> dict[str, Any]:
         """Time one more token at every context; the settings take turns, so that a slow moment of the machine does
-        not fall on one of them alone."""
+        not fall on one of them alone, unless their models are too large to be held together."""
         from gqa.bench.decode import measure_decode
+        from gqa.convert.memory import available_bytes
+        from gqa.device import default_device
         from gqa.evaluate import load_model
         from gqa.model import hf
 
         hf.register()
         folders = {self.shape.kv_heads: self.parent}
-        folders |= {kv_heads: self._folder(kv_heads, BEST) for kv_heads in self.settings.kv_heads}
-        models = {kv_heads: load_model(folder) for kv_heads, folder in folders.items()}
-        for model in models.values():
-            model.set_attn_implementation("gqa")
+        folders |= {kv_heads: self._folder(kv_heads, BEST) for kv_heads in self.stops}
+        free = available_bytes(default_device())
+        fit = free is None or 2 * len(folders) * widest_bytes(self.parent) < free
         timed = []
-        for context in self.settings.contexts:
-            for kv_heads, model in models.items():
-                measured = measure_decode(model, context, repeats=self.settings.decode_repeats)
-                predicted = kv_bytes(self.shape.with_kv_heads(kv_heads), context, 1, kv_dtype(self._kv_dtype))
-                row = {"kv_heads": kv_heads, "context_tokens": context, "cache_bytes_predicted": predicted}
-                timed.append(row | measured)
-        return {"rows": timed}
+        for some in [list(folders)] if fit else [[kv_heads] for kv_heads in folders]:
+            models = {kv_heads: load_model(folders[kv_heads]) for kv_heads in some}
+            for model in models.values():
+                model.set_attn_implementation("gqa")
+            for context in self.settings.contexts:
+                for kv_heads, model in models.items():
+                    measured = measure_decode(model, context, repeats=self.settings.decode_repeats)
+                    predicted = kv_bytes(self.shape.with_kv_heads(kv_heads), context, 1, kv_dtype(self._kv_dtype))
+                    row = {"kv_heads": kv_heads, "context_tokens": context, "cache_bytes_predicted": predicted}
+                    timed.append(row | measured)
+            models.clear()
+        order = {kv_heads: place for place, kv_heads in enumerate(folders)}
+        return {"rows": sorted(timed, key=lambda row: (row["context_tokens"], order[row["kv_heads"]]))}
 
     def _gradients(self) -> dict[str, Any]:
         """How gradients grow with the query heads that share a KV head: random weights, the parent, its children."""
         from gqa.study.gradients import measure
 
         folders = {self.shape.query_heads // self.shape.kv_heads: self.parent}
-        folders |= {self.shape.query_heads // n: self._folder(n, BEST) for n in self.settings.kv_heads}
+        folders |= {self.shape.query_heads // n: self._folder(n, BEST) for n in self.stops}
         return measure(folders, self.test[:_GRADIENT_WINDOWS])
 
     def _patterns(self, groups: Mapping[int, Groups]) -> dict[str, Any]:
@@ -285,7 +262,7 @@ class _Study:
         from gqa.study.patterns import Child, measure
         from gqa.text import load_tokenizer
 
-        children = {n: Child(self._folder(n, BEST), groups[n]) for n in self.settings.kv_heads}
+        children = {n: Child(self._folder(n, BEST), groups[n]) for n in self.stops}
         tokenizer = load_tokenizer(self.parent)
         return measure(self.parent, children, self.test[:_PATTERN_WINDOWS], tokenizer, self.settings.seed)
 
@@ -303,6 +280,14 @@ class _Study:
 
     def _folder(self, kv_heads: int, method: str) -> Path:
         return self.out / "models" / _name(kv_heads, method)
+
+
+def widest_bytes(folder: Path) -> int:
+    """Of a model's weights as it runs on a CPU, in fp32."""
+    from gqa.weights.reader import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    return sum(math.prod(checkpoint.entry(name).shape) * 4 for name in checkpoint.names)
 
 
 def _name(kv_heads: int, method: str, step: str = "") -> str:
