@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -63,3 +64,32 @@ def test_mistakes_write_nothing(model, tmp_path):
         with pytest.raises(GqaError, match=word):
             run(*arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schedule_goes_on_where_the_parents_ended(model, tmp_path):
+    folder, text = model
+    parent = tmp_path / "parent"
+    shutil.copytree(folder, parent)
+    history = [{"learning_rate": 1e-3}, {"learning_rate": 1e-4}]
+    (parent / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    base = ("--parent", parent, "--text", text, "--tokens", "512", "--json")
+    told = [
+        json.loads(run(folder, tmp_path / f"out{n}", *base, *more).stdout)["results"]
+        for n, more in enumerate(((), ("--learning-rate", "0.002"), ("--schedule", "linear")))
+    ]
+    assert [report["learning_rate"] for report in told] == [1e-4, 2e-3, 2e-4]
+    assert [report["schedule"] for report in told] == ["constant", "constant", "linear"]
+
+
+def test_a_folder_of_texts_with_an_early_stop(model, tmp_path):
+    folder, text = model
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    shutil.copyfile(text, corpus / "a.txt")
+    (corpus / "b.jsonl").write_text(json.dumps({"code": "def g(x):\n    return x\n" * 400}) + "\n")
+    arguments = (folder, tmp_path / "out", "--parent", folder, "--text", corpus, "--text-field", "code")
+    result = run(*arguments, "--tokens", "64k", "--early-stop", "--save-every", 2, "--learning-rate", "0.3")
+    assert "stopped early" in result.stdout
+    with pytest.raises(GqaError, match="'text'"):
+        run(folder, tmp_path / "other", "--text", corpus, "--tokens", "64k")
+    assert not (tmp_path / "other.partial").exists()

@@ -1,57 +1,28 @@
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.small import RECIPE, small_parent
+from helpers.small import RECIPE
+from helpers.uptraining import noisy_child, parent_and_windows
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 
 from gqa.errors import GqaError
 from gqa.evaluate import evaluate, load_model
-from gqa.text import load_tokenizer, read_text, token_windows
-from gqa.uptrain import training_windows, uptrain
+from gqa.uptrain import Settings, training_windows, uptrain
 from gqa.uptrain.distill import distillation_loss
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
     """A folder with a minuscule trained model, and windows of its text."""
-    trained, corpus = small_parent(tmp_path_factory.mktemp("parent"))
-    windows = token_windows(read_text(corpus.train), load_tokenizer(trained), RECIPE.window)
-    return trained, windows
+    return parent_and_windows(tmp_path_factory.mktemp("parent"))
 
 
 @pytest.fixture(scope="module")
 def child(parent, tmp_path_factory):
-    """The parent with half its KV heads, mean-pooled, and with noise: a parent as green as this one would lose nothing
-    that could be won back."""
-    folder, _ = parent
-    target = tmp_path_factory.mktemp("child") / "child"
-    shutil.copytree(folder, target)
-    model = load_model(folder)
-    torch.manual_seed(0)
-    config = json.loads((folder / "config.json").read_text())
-    config["num_key_value_heads"] = RECIPE.heads // 2
-    for layer in model.model.layers:
-        for name in ("k_proj", "v_proj"):
-            projection = getattr(layer.self_attn, name)
-            D = RECIPE.hidden // RECIPE.heads
-            pooled = projection.weight.detach().reshape(RECIPE.heads // 2, 2, D, -1).mean(1).flatten(0, 1)
-            projection.weight = torch.nn.Parameter(pooled)
-        with torch.no_grad():
-            layer.self_attn.o_proj.weight.add_(torch.randn(RECIPE.hidden, RECIPE.hidden), alpha=0.5)
-    model.save_pretrained(target)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+    return noisy_child(parent[0], tmp_path_factory.mktemp("child") / "child")
 
 
 def test_the_loss_is_what_the_formula_says():
@@ -101,7 +72,7 @@ def test_a_child_comes_closer_to_its_parent(parent, child, tmp_path):
         out,
         windows=windows[:80],
         parent_folder=folder,
-        learning_rate=3e-3,
+        settings=Settings(learning_rate=3e-3),
         progress=lambda stage, done, total, note="": stages.append((stage, done, total)),
     )
     assert (report["steps"], report["tokens"]) == (10, 80 * RECIPE.window)
@@ -121,10 +92,12 @@ def test_a_child_comes_closer_to_its_parent(parent, child, tmp_path):
 
     # Once more is a look at what is there; another job does not touch it.
     stages.clear()
-    assert uptrain(child, out, windows=windows[:80], parent_folder=folder, learning_rate=3e-3) == report
+    assert (
+        uptrain(child, out, windows=windows[:80], parent_folder=folder, settings=Settings(learning_rate=3e-3)) == report
+    )
     assert stages == []
     with pytest.raises(GqaError, match="not the result of this uptraining"):
-        uptrain(child, out, windows=windows[:80], parent_folder=folder, learning_rate=1e-3)
+        uptrain(child, out, windows=windows[:80], parent_folder=folder, settings=Settings(learning_rate=1e-3))
 
 
 def test_without_a_parent_it_is_plain_continuation(parent, tmp_path, capsys):
@@ -157,8 +130,10 @@ def test_the_stored_dtype_is_kept(parent, tmp_path):
 )
 def test_mistakes_are_told_and_nothing_is_written(parent, tmp_path, changes, word):
     folder, windows = parent
+    changes = {"windows": windows[:100], **changes}
+    windows = changes.pop("windows")
     with pytest.raises(GqaError, match=word):
-        uptrain(folder, tmp_path / "out", **{"windows": windows[:100], **changes})
+        uptrain(folder, tmp_path / "out", windows=windows, settings=Settings(**changes))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,44 +151,15 @@ def test_an_output_of_something_else_stays_untouched(parent, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "other.partial", "out"]
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights(parent, tmp_path):
+def test_two_at_once_do_not_disturb_each_other(parent, tmp_path):
     folder, windows = parent
-    np.save(tmp_path / "windows.npy", windows[:120])
-    program = (
-        "import sys, numpy; from gqa.uptrain import uptrain\n"
-        "uptrain(sys.argv[1], sys.argv[2], windows=numpy.load(sys.argv[3]), parent_folder=sys.argv[1],\n"
-        "        batch=2, progress=lambda *stage: print(stage[1], flush=True))\n"
-    )
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", program, str(folder), str(out), str(tmp_path / "windows.npy")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    steps = random.Random(0)
-    first_steps = []
-    for low, high in ((14, 30), (40, 58)):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        target = steps.randint(low, high)
-        seen = [int(next(process.stdout))]
-        while seen[-1] < target:
-            seen.append(int(next(process.stdout)))
-        time.sleep(steps.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        first_steps.append(seen[0])
-        assert not out.exists()
-    assert first_steps[0] == 1
-    assert first_steps[1] > 12  # from a checkpoint
+    refused = []
 
-    # What a kill in the midst of a checkpoint leaves: a folder without our mark.
-    torn = tmp_path / "out.partial" / "checkpoints" / "checkpoint-59"
-    torn.mkdir()
-    (torn / "trainer_state.json").write_text("{")
-    report = uptrain(folder, out, windows=windows[:120], parent_folder=folder, batch=2)
-    undisturbed = tmp_path / "undisturbed"
-    assert (
-        uptrain(folder, undisturbed, windows=windows[:120], parent_folder=folder, batch=2)["steps"] == report["steps"]
-    )
-    one, other = (load_file(path / "model.safetensors") for path in (out, undisturbed))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    assert not Path(f"{out}.partial").exists()
+    def meanwhile(stage, done, total, note=""):
+        with pytest.raises(GqaError, match="another process is at work"):
+            uptrain(folder, tmp_path / "out", windows=windows[:16])
+        refused.append(done)
+
+    uptrain(folder, tmp_path / "out", windows=windows[:16], progress=meanwhile)
+    assert refused == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -98,8 +98,9 @@ class _Command(output.Command):
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="TEXT",
-    help="Text like what the model will read; may be given several times.",
+    help="Text like what the model will read: .txt, .jsonl or .parquet files, or folders of them; repeatable.",
 )
+@output.text_field_option
 @click.option("--calibration-tokens", default="32k", show_default=True, metavar="N", help="Tokens of it to look at.")
 @click.option(
     "--measure",
@@ -128,6 +129,7 @@ def command(
     budget: str | None,
     method: Any,
     texts: tuple[Path, ...],
+    text_field: str,
     calibration_tokens: str,
     measure: str,
     window: int | None,
@@ -181,7 +183,7 @@ def command(
     choices = candidates(source, recipe) if search else [recipe.kv_heads]
     recipe = dataclasses.replace(recipe, kv_heads=choices[-1])  # the plan with most to write stands for all
     job = plan_conversion(source, recipe)
-    text = read_text(texts) if texts else ""
+    text = read_text(texts, text_field) if texts else ""
     _advise(recipe, job)
     for note in () if job.exact else job.layout.notes:
         output.note(f"note: {note}")

@@ -41,8 +41,9 @@ gqa eval ./my-gqa-model --parent ./my-mha-model --tasks mine --include-path ./ta
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text that the model has not seen; may be given several times.",
+    help="Text that the model has not seen: .txt, .jsonl or .parquet files, or folders of them; repeatable.",
 )
+@output.text_field_option
 @click.option("--parent", metavar="MODEL", help="Compare with this model, window by window.")
 @click.option("--window", metavar="TOKENS", help=f"Tokens per window.  [default: {_WINDOW}, or the model's context]")
 @click.option("--tokens", metavar="N", help="Measure on about N tokens, chosen at random.  [default: all]")
@@ -66,6 +67,7 @@ gqa eval ./my-gqa-model --parent ./my-mha-model --tasks mine --include-path ./ta
 def command(
     model: str,
     texts: tuple[Path, ...],
+    text_field: str,
     parent: str | None,
     window: str | None,
     tokens: str | None,
@@ -108,7 +110,7 @@ def command(
     parent_source = open_checkpoint(parent) if parent else None
     context = parse_config(source.config, source.name).context or _WINDOW
     length = parse_tokens(window) if window else min(_WINDOW, context)
-    text = read_text(texts) if texts else None
+    text = read_text(texts, text_field) if texts else None
     assert source.folder is not None
     count = max(1, parse_tokens(tokens) // length) if tokens else None
     tokenizer = load_tokenizer(source.folder)

@@ -1,8 +1,12 @@
-"""The only printer: data on stdout, progress, notes and errors on stderr, no colour without a terminal."""
+"""The only printer: data on stdout, progress, notes and errors on stderr, no colour without a terminal.
+
+Of the processes that torchrun started, the first one prints.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +15,7 @@ from typing import Any
 import click
 
 from gqa.errors import GqaError
-from gqa.progress import Progress
+from gqa.progress import Progress, silent
 from gqa.record import Record
 
 
@@ -32,29 +36,34 @@ def json_option(function: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
 
 
+def text_field_option(function: Any) -> Any:
+    what = "Where .jsonl lines, .parquet rows and data sets have their text."
+    return click.option("--text-field", metavar="NAME", default="text", show_default=True, help=what)(function)
+
+
 def data(text: str) -> None:
     """Print a result on stdout."""
-    click.echo(text)
+    _echo(text)
 
 
 def piece(text: str) -> None:
     """Print a part of a result on stdout, as it is and at once."""
-    click.echo(text, nl=False)
+    _echo(text, nl=False)
 
 
 def note(text: str) -> None:
     """Print a hint or a state on stderr."""
-    click.echo(text, err=True)
+    _echo(text, err=True)
 
 
 def error(error: GqaError) -> None:
     prefix = click.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
-    click.echo(f"{prefix} {error}", err=True)
+    _echo(f"{prefix} {error}", err=True)
 
 
 def record(record: Record) -> None:
     """Print a record as its JSON document."""
-    click.echo(record.to_json(), nl=False)
+    _echo(record.to_json(), nl=False)
 
 
 def table(rows: Sequence[Mapping[str, str]], *, title: str = "") -> None:
@@ -76,7 +85,9 @@ def table(rows: Sequence[Mapping[str, str]], *, title: str = "") -> None:
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """A progress callable: a bar per stage on a terminal, else a line at the start, every 30 s and at the end."""
-    if sys.stderr.isatty():
+    if not _first():
+        yield silent
+    elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -108,3 +119,12 @@ def progress() -> Iterator[Progress]:
                 click.echo(f"{stage}: {done}/{total} {note}".rstrip(), err=True)
 
         yield show_line
+
+
+def _echo(text: str, **how: bool) -> None:
+    if _first():
+        click.echo(text, **how)  # pyright: ignore[reportArgumentType]
+
+
+def _first() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

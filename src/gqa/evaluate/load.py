@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None, processes: int = 1
+) -> PreTrainedModel:
     """Load a causal language model for measuring, in eval mode, from local safetensors only.
 
     device: `cuda` where there is one, else `cpu`. dtype: as stored on a GPU; fp32 on a CPU, where half precision is
-    slower and its rounding would add to what is measured.
+    slower and its rounding would add to what is measured. processes: of a torch.distributed group that all call this;
+    each then holds a shard of every weight (FSDP2).
     Raises GqaError for a device that is not here or too small, for what Checkpoint refuses (no folder, pickles, missing
     or truncated shards, quantised), for an architecture that transformers does not know, and for weights that do not
     fill the model: transformers would only warn and go on with random numbers.
@@ -31,6 +34,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: 
     Checkpoint(folder)
     from transformers import AutoModelForCausalLM
 
+    sharded = {} if processes == 1 else _sharded(processes)
     wanted = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         with quiet_transformers():
@@ -42,6 +46,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: 
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in the report, and refused below
+                **sharded,
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise GqaError("transformers cannot load the model", got=f"{folder}: {error}") from error
@@ -55,9 +60,15 @@ def load_model(folder: Path | str, *, dtype: torch.dtype | None = None, device: 
             allowed="every tensor of the architecture, in the shape that config.json gives",
         )
     try:
-        return model.to(device).eval()
+        return (model if sharded else model.to(device)).eval()
     except torch.OutOfMemoryError as error:
         raise GqaError("the model does not fit on the device", got=str(error).splitlines()[0]) from None
+
+
+def _sharded(processes: int) -> dict[str, Any]:
+    from transformers import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=processes)}
 
 
 @contextlib.contextmanager

@@ -195,6 +195,7 @@ class _Study:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _train_and_evaluate(self, folder: Path, out: Path, *, teacher: bool = False) -> dict[str, Any]:
+        from gqa.uptrain import Settings as Uptraining
         from gqa.uptrain import uptrain
 
         trained = uptrain(
@@ -202,7 +203,7 @@ class _Study:
             out,
             windows=self._uptrain,
             parent_folder=self.parent if teacher else None,
-            seed=self.settings.seed,
+            settings=Uptraining(seed=self.settings.seed),
             progress=self.progress,
         )
         return self._evaluate(out) | {"uptrain_seconds": trained["seconds"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import torch
 from gqa.errors import GqaError
 from gqa.evaluate.load import quiet_transformers
 from gqa.record import write_text_atomic
+from gqa.uptrain.data import TrainingText
+from gqa.uptrain.stream import StreamedText
 from gqa.weights.reader import Checkpoint
 from gqa.weights.writer import check_space, sync_folder
 
@@ -43,15 +46,20 @@ class Job:
 
 
 def find_job(
-    source: Checkpoint, parent: Checkpoint | None, windows: np.ndarray, asked: dict[str, Any], out: Path
+    source: Checkpoint, parent: Checkpoint | None, text: TrainingText | StreamedText, asked: dict[str, Any], out: Path
 ) -> Job:
     """Find out whether this uptraining is new, was interrupted or is done.
 
     Raises GqaError if `out` or its working folder belongs to something else.
     """
-    what = [source.fingerprint(), parent and parent.fingerprint(), list(windows.shape), asked]
+    streamed = isinstance(text, StreamedText)
+    size = text.identity() if streamed else [len(text.order), text.length]
+    what = [source.fingerprint(), parent and parent.fingerprint(), size, asked]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    digest.update(np.ascontiguousarray(windows, dtype=np.int64).tobytes())
+    if not streamed:
+        for piece in text.pieces():
+            digest.update(piece.tobytes())
+        digest.update(np.ascontiguousarray(text.held_out, dtype=np.int64).tobytes())
     job = Job(digest.hexdigest(), out, out.with_name(out.name + ".partial"), done=False)
     if os.path.lexists(out):
         if _identity(out / REPORT) != job.identity:
@@ -61,7 +69,8 @@ def find_job(
                 hint="give another folder, or delete this one",
             )
         if _identity(job.working / _JOB) == job.identity:  # killed between the rename and this
-            shutil.rmtree(job.working)
+            _discard(job.working)
+        shutil.rmtree(_gone(job.working), ignore_errors=True)  # killed in the midst of that
         return dataclasses.replace(job, done=True)
     if job.working.exists() and _identity(job.working / _JOB) != job.identity:
         raise GqaError(
@@ -72,15 +81,29 @@ def find_job(
     return job
 
 
-def begin(job: Job, source: Checkpoint) -> None:
-    """Make the working folder, unless an interrupted run left it. GqaError if it cannot be written."""
-    if job.working.exists():
-        return
+def begin(job: Job, source: Checkpoint) -> int:
+    """Make the working folder, unless an interrupted run left it, and own it until the handle that this returns is
+    closed. GqaError if it cannot be written, or another process owns it."""
+    if not job.working.exists():
+        _make(job, source)
+    handle = os.open(job.working / _JOB, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise GqaError("another process is at work on this uptraining", got=job.working, hint="wait for it") from None
+    return handle
+
+
+def _make(job: Job, source: Checkpoint) -> None:
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        check_space(job.out.parent, 7 * source.nbytes)  # two checkpoints with two moments of Adam each, and the result
+        # Two checkpoints in fp32 with two moments of Adam each, and the result as it was stored.
+        checkpoint = 3 * source.nbytes * 4 // _stored_dtype(source).itemsize
+        check_space(job.out.parent, 2 * checkpoint + source.nbytes)
         # The mark comes with the folder, so that no kill leaves a working folder that nobody owns.
-        begun = job.working.with_name(f".{job.working.name}.{os.getpid()}")
+        begun = job.working.with_name(f".{job.working.name}.begun")
+        shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
         write_text_atomic(begun / _JOB, json.dumps({"identity": job.identity}))
         os.rename(begun, job.working)
@@ -110,7 +133,7 @@ def finish(model: PreTrainedModel, source: Checkpoint, job: Job, report: dict[st
     sync_folder(result)
     os.rename(result, job.out)
     sync_folder(job.out.parent)
-    shutil.rmtree(job.working, ignore_errors=True)
+    _discard(job.working)
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -120,14 +143,27 @@ def read_report(out: Path) -> dict[str, Any]:
     return report
 
 
+def _discard(working: Path) -> None:
+    """Delete a working folder so that it never stands there without the mark that tells whose it is."""
+    shutil.rmtree(_gone(working), ignore_errors=True)
+    os.rename(working, _gone(working))
+    shutil.rmtree(_gone(working), ignore_errors=True)
+
+
+def _gone(working: Path) -> Path:
+    return working.with_name(f".{working.name}.gone")
+
+
 def _tell(path: Path, report: dict[str, Any]) -> None:
     before = path.read_text(encoding="utf-8") + "\n" if path.exists() else f"# {report['model']}\n\n"
     teacher = "without a teacher"
     if report["parent"] is not None:
         teacher = f"with the parent as teacher (weight {report['distill_weight']:g} on KL, the rest on the text)"
+    moved = {"attention": ", of the attentions alone", "lora": f", as updates of rank {report.get('lora_rank')}"}
     text = (
         f"## Uptraining\n\nTrained with `gqa uptrain` for {report['tokens']} tokens, in steps of "
-        f"{report['batch']} windows of {report['window']} tokens, AdamW at {report['learning_rate']:g}, {teacher}.\n"
+        f"{report['batch']} windows of {report['window']} tokens, AdamW at {report['learning_rate']:g}"
+        f"{moved.get(report.get('train', 'all'), '')}, {teacher}.\n"
     )
     write_text_atomic(path, before + text)
 

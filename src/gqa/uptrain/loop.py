@@ -1,215 +1,154 @@
-"""Uptraining: transformers' Trainer, from a model folder to a new one, resumable after a kill."""
+"""The training itself: steps, checkpoints, and the figures of the way."""
+
+# B windows of a batch, T tokens of a window
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from gqa.errors import GqaError
-from gqa.evaluate.load import load_model, quiet_transformers
-from gqa.evaluate.perplexity import check_windows
-from gqa.progress import Progress, silent
-from gqa.record import write_text_atomic
-from gqa.uptrain.data import WindowDataset
+from gqa.progress import Progress
+from gqa.uptrain.board import Board
+from gqa.uptrain.checkpoints import last_checkpoint, load, save
+from gqa.uptrain.data import TrainingText
 from gqa.uptrain.distill import distillation_loss
-from gqa.uptrain.folder import Job, begin, find_job, finish, read_report
-from gqa.weights.reader import Checkpoint
+from gqa.uptrain.gap import measure_gap, stalled
+from gqa.uptrain.parts import average_gradients
+from gqa.uptrain.processes import Processes
+from gqa.uptrain.schedule import factor
+from gqa.uptrain.settings import Settings
+from gqa.uptrain.teacher import Teacher, arithmetic
 
-LEARNING_RATE = 2e-4
-_TRACE = "gqa_trace.json"  # written last into a checkpoint: one that has it is complete
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _RECENT = 10  # steps behind a reported final loss
+_WEIGHT_DECAY = 0.1  # of matrices, not of norms and biases
+_MAX_GRADIENT_NORM = 1.0
 
 
-def uptrain(
-    model_folder: Path | str,
-    out: Path | str,
-    *,
-    windows: np.ndarray,
-    parent_folder: Path | str | None = None,
-    distill_weight: float = 0.7,
-    batch: int = 8,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Train a model once over `windows` (N, T), in their order, and write it to the new folder `out`.
-
-    With a parent the loss is `w * KL(parent || model) + (1 - w) * cross-entropy`, w = distill_weight; without one it
-    is plain continuation of the training. AdamW (betas 0.9 and 0.95, weight decay 0.1 on matrices), a tenth of the
-    steps as linear warm-up, then a cosine to zero. The weights are trained in fp32, on a GPU with bf16 arithmetic, and
-    written in the dtype that was stored.
-
-    Work in progress lies beside `out`, in `out`.partial, and `out` appears whole by a rename. Called again after a
-    kill with the same arguments it goes on from the last complete checkpoint; called once more after the end it only
-    returns the report again.
-
-    Returns steps, tokens, seconds, final_cross_entropy_nats, final_kl_to_parent_nats (None without a parent; both are
-    means over the last 10 steps, on training text), and what was asked.
-    Raises GqaError for folders that do not load, windows that do not fit, and an `out` that is something else.
-    """
-    model_folder, out = Path(model_folder), Path(out)
-    parent_folder = None if parent_folder is None else Path(parent_folder)
-    _check(distill_weight, batch, learning_rate)
-    if len(windows) < batch:
-        raise GqaError("less text than one batch", got=f"{len(windows)} windows", allowed=f"{batch} or more")
-    source = Checkpoint(model_folder)
-    asked = {
-        "distill_weight": distill_weight if parent_folder else 0.0,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
-    job = find_job(source, None if parent_folder is None else Checkpoint(parent_folder), windows, asked, out)
-    if job.done:
-        return read_report(out)
-
-    model = load_model(model_folder, dtype=torch.float32)  # in half precision small updates would vanish
-    parent = None if parent_folder is None else load_model(parent_folder)
-    vocabulary = model.config.get_text_config().vocab_size
-    check_windows(windows, vocabulary, "the model")
-    if parent is not None and parent.config.get_text_config().vocab_size != vocabulary:
+def micro_batch(settings: Settings, world: Processes) -> int:
+    """The windows that go through the model at once in each process. GqaError if a batch cannot be shared out so."""
+    share, rest = divmod(settings.batch, world.count)
+    if rest:
         raise GqaError(
-            "the parent has another vocabulary than the model",
-            got=f"{parent.config.get_text_config().vocab_size} entries",
-            allowed=f"{vocabulary} entries",
+            f"a batch cannot be shared out over {world.count} processes",
+            got=f"{settings.batch} windows",
+            allowed=f"a multiple of {world.count}",
         )
-    begin(job, source)
-    trace = _train(model, parent, windows, job, asked, progress)
-    recent = trace["recent"]
-    kls = [kl for _, kl in recent if kl is not None]
-    report = {
-        "model": model_folder.name,
-        "parent": None if parent_folder is None else parent_folder.name,
-        **asked,
-        "window": int(windows.shape[1]),
-        "steps": len(windows) // batch,
-        "tokens": len(windows) // batch * batch * int(windows.shape[1]),
-        "seconds": trace["seconds"],
-        "final_cross_entropy_nats": sum(entropy for entropy, _ in recent) / len(recent),
-        "final_kl_to_parent_nats": sum(kls) / len(kls) if kls else None,
-    }
-    finish(model, source, job, report)
-    return report
+    micro = settings.micro_batch or share
+    if share % micro:
+        raise GqaError(
+            "a batch is not a whole number of micro-batches",
+            got=f"{micro} windows",
+            allowed=f"a divisor of {share}, the windows of each process",
+        )
+    return micro
 
 
-class _Trainer(Trainer):
-    """A Trainer with our loss, which keeps the last few losses and the time spent."""
+def use_half(settings: Settings, device: torch.device) -> bool:
+    """Whether products are in bf16."""
+    if settings.precision is None:
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
 
-    def __init__(self, *args: Any, parent: PreTrainedModel | None, distill_weight: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.parent = None if parent is None else parent.requires_grad_(False).eval()
-        self.distill_weight = distill_weight
-        self.trace: dict[str, Any] = {"seconds": 0.0, "recent": []}
-        self.model_accepts_loss_kwargs = False  # the loss is a mean per token, made here and not by the model
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        ids = inputs["input_ids"]
-        teacher_logits = None
-        if self.parent is not None:
-            with torch.no_grad():
-                teacher_logits = self.parent(input_ids=ids, use_cache=False).logits
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss, entropy, kl = distillation_loss(logits, ids, teacher_logits, self.distill_weight)
-        self.trace["recent"] = [
-            *self.trace["recent"][1 - _RECENT :],
-            (entropy.item(), None if kl is None else kl.item()),
+class Loop:
+    """One run over a text, from the last checkpoint in `folder` if there is one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        text: TrainingText,
+        settings: Settings,
+        weight: float,
+        folder: Path,
+        world: Processes,
+        progress: Progress,
+    ) -> None:
+        self.model, self.teacher, self.text, self.settings, self.weight = model, teacher, text, settings, weight
+        self.folder, self.world, self.progress = folder, world, progress
+        self.micro, self.half = micro_batch(settings, world), use_half(settings, model.device)
+        self.steps = len(text.order) // settings.batch
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return loss
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
+        self.trained = trained
+        self.trace: dict[str, Any] = {"step": 0, "seconds": 0.0, "recent": [], "gaps": []}
 
-
-class _Watch(TrainerCallback):
-    """Tells the progress, and marks a checkpoint as complete once all of it is on the disk."""
-
-    def __init__(self, trace: dict[str, Any], progress: Progress) -> None:
-        self._trace, self._progress = trace, progress
-        self._began = time.perf_counter() - trace["seconds"]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trace["seconds"] = time.perf_counter() - self._began
-        entropy, _ = self._trace["recent"][-1]
-        self._progress("uptraining", state.global_step, state.max_steps, f"cross-entropy {entropy:.3f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_text_atomic(checkpoint / _TRACE, json.dumps(self._trace))
-
-
-def _train(
-    model: PreTrainedModel,
-    parent: PreTrainedModel | None,
-    windows: np.ndarray,
-    job: Job,
-    asked: dict[str, Any],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Run or resume the Trainer; returns its trace."""
-    steps = len(windows) // asked["batch"]
-    checkpoints = job.working / "checkpoints"
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=asked["batch"],
-        max_steps=steps,
-        learning_rate=asked["learning_rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        seed=asked["seed"],
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="steps",
-        save_steps=max(1, min(200, steps // 5)),
-        save_total_limit=2,
-        use_cpu=model.device.type == "cpu",
-        bf16=model.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=model.device.type != "cpu",
-    )
-    with quiet_transformers():
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=WindowDataset(windows),
-            parent=parent,
-            distill_weight=asked["distill_weight"],
-        )
-        trainer.remove_callback(PrinterCallback)
-        last = _last_checkpoint(checkpoints)
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or until the gap stalls; returns the trace: the number of `step`s, `seconds`, the `recent`
+        cross-entropies and KLs, and the `gaps` on held-out text by step."""
+        last = self.world.agree(lambda: last_checkpoint(self.folder))
         if last is not None:
-            trainer.trace.update(json.loads((last / _TRACE).read_text(encoding="utf-8")))
-        trainer.add_callback(_Watch(trainer.trace, progress))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return trainer.trace
+            self.trace = load(last, self.model, self.optimizer, self.world)
+        self.model.train()
+        if self.settings.gradient_checkpointing:
+            _checkpoint_activations(self.model)
+        board = Board(self.settings.tensorboard if self.world.first else None, self.trace["step"])
+        began = time.perf_counter() - self.trace["seconds"]
+        interval = self.settings.interval(self.steps)
+        while self.trace["step"] < self.steps and not stalled([gap for _, gap in self.trace["gaps"]]):
+            rate = self.settings.learning_rate * factor(self.settings.schedule, self.trace["step"], self.steps)
+            entropy, kl = self._step(self.trace["step"], rate)
+            step = self.trace["step"] + 1
+            self.trace |= {"step": step, "recent": [*self.trace["recent"][1 - _RECENT :], (entropy, kl)]}
+            board.write(step, cross_entropy=entropy, kl_to_parent=kl, learning_rate=rate)
+            if step % interval == 0 or step == self.steps:
+                if self.settings.early_stop:
+                    self._measure(step, board)
+                self.trace["seconds"] = time.perf_counter() - began
+                save(self.folder, step, self.model, self.optimizer, self.trace, self.world)
+            told = f"cross-entropy {entropy:.3f}" + ("" if kl is None else f", KL {kl:.4f}")
+            self.progress("uptraining", step, self.steps, told)
+        board.close()
+        return self.trace
+
+    def _step(self, step: int, rate: float) -> tuple[float, float | None]:
+        """One batch; returns its cross-entropy and KL, in nats per token, before the step."""
+        B = self.settings.batch
+        # A function of the step, so that dropout, where a model has any, goes on as if nothing had happened.
+        torch.manual_seed((self.settings.seed * 1_000_003 + step) * self.world.count + self.world.rank)
+        mine = self.world.share(self.text.order[step * B : (step + 1) * B])
+        parts = np.split(mine, len(mine) // self.micro)
+        figures = torch.zeros(2, device=self.model.device)
+        for places in parts:
+            ids = self.text.ids(places).to(self.model.device)
+            target = None if self.teacher is None else self.teacher(places, ids)
+            with arithmetic(ids.device, half=self.half):
+                logits = self.model(input_ids=ids, use_cache=False).logits
+            loss, entropy, kl = distillation_loss(logits, ids, target, self.weight)
+            (loss / len(parts)).backward()
+            figures += torch.stack([entropy, entropy.new_zeros(()) if kl is None else kl]) / len(parts)
+        average_gradients(self.model, self.world)
+        torch.nn.utils.clip_grad_norm_(self.trained, _MAX_GRADIENT_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        entropy, kl = self.world.mean(figures).tolist()
+        return entropy, None if self.teacher is None else kl
+
+    def _measure(self, step: int, board: Board) -> None:
+        assert self.teacher is not None
+        gap = measure_gap(self.model, self.teacher, self.text, self.micro, self.world, half=self.half)
+        self.trace["gaps"] = [*self.trace["gaps"], (step, gap)]
+        board.write(step, held_out_gap=gap)
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that a kill left incomplete are deleted."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _TRACE).exists():
-            complete.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _check(distill_weight: float, batch: int, learning_rate: float) -> None:
-    if not 0 <= distill_weight <= 1:
-        raise GqaError("the weight of the teacher is out of range", got=distill_weight, allowed="0 to 1")
-    if batch < 1:
-        raise GqaError("a batch is not positive", got=batch, allowed="1 or more")
-    if not 0 < learning_rate < 1:
-        raise GqaError("the learning rate is out of range", got=learning_rate, allowed="above 0 and below 1")
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have activations computed again in the backward pass. transformers renames this in version 6."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise GqaError("this architecture has no gradient checkpointing", got=str(error).splitlines()[0]) from None

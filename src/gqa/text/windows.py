@@ -1,8 +1,7 @@
-"""Text files -> windows of token ids: what calibration, evaluation and uptraining all read."""
+"""A text and a tokenizer -> windows of token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +11,6 @@ from gqa.errors import GqaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def read_text(paths: Sequence[Path]) -> str:
-    """The texts of UTF-8 files, in the order given, with a line end between two files.
-
-    Raises GqaError for no file at all, one that is missing, a folder, unreadable, binary (a NUL byte or not UTF-8),
-    and when all of them together hold nothing but white space.
-    """
-    if not paths:
-        raise GqaError("no text file was given", hint="--text FILE")
-    text = "\n".join(_read_file(Path(path)) for path in paths)
-    if not text.strip():
-        raise GqaError("the text is empty", got=", ".join(map(str, paths)), allowed="UTF-8 text")
-    return text
 
 
 def token_windows(
@@ -82,24 +67,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise GqaError("the tokenizer cannot be read", got=f"{folder}: {error}") from error
-
-
-def _read_file(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise GqaError("no text file at this path", got=path) from None
-    except IsADirectoryError:
-        raise GqaError("a folder where a text file was expected", got=path) from None
-    except OSError as error:
-        raise GqaError("a text file cannot be read", got=f"{path}: {error.strerror}") from None
-    if b"\0" in content:
-        raise GqaError("a file is binary, not text", got=f"{path}: it has NUL bytes", allowed="UTF-8 text")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise GqaError(
-            "a file is not UTF-8 text",
-            got=f"{path}: byte {content[error.start]:#04x} at offset {error.start}",
-            allowed="UTF-8 text",
-        ) from None
