@@ -9,7 +9,7 @@ from gqa.report import axes, forms
 from gqa.report.chart import Frame, Rule, Series, panel
 from gqa.report.dots import Dot, dots
 from gqa.report.figures import Figure
-from gqa.report.reading import positive
+from gqa.report.reading import number, positive
 from gqa.report.tables import rows_table
 from gqa.units import format_seconds
 
@@ -158,6 +158,9 @@ def _close(rows: Sequence[Row], bounds: Sequence[Row]) -> Figure | None:
     caption = "The fitted ways to begin, against the control of the same seed and share."
     if told:
         caption += f" Refined first, at {forms.percent(bounds[0]['alpha'])}: {', '.join(told)}."
+    taught = [f"{row['times_taught_control_mean']:.4f}×" for row in bounds if number(row, "times_taught_control_mean")]
+    if taught:
+        caption += f" The parent gains from itself as teacher, too: against that control, {' and '.join(taught)}."
     return Figure("close", _close_title(bounds), caption, panels, {"Against the control": _table(fitted)})
 
 
