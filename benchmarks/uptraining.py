@@ -290,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--windows", type=int, default=WINDOWS, help="of calibration, and of test  [%(default)s]")
     options.add_argument("--repeats", type=int, default=REPEATS, help="training steps that are timed  [%(default)s]")
+    options.add_argument(
+        "--again", action="store_true", help="measure the cost anew, as on a machine that is quiet now"
+    )
     options.add_argument("--work", type=Path, help="where models lie meanwhile  [gqa's cache]")
     options.add_argument("--out", type=Path, help="the record's path")
     chosen = options.parse_args(arguments)
@@ -309,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(parent, text, chosen.windows, chosen.work or cache_folder() / f"uptraining-{parent.folder.name}")
     if "curve" in chosen.parts:
         curve(run, bench, chosen.kv_heads, chosen)
-    if "cost" in chosen.parts and "cost" not in run.results:
+    if "cost" in chosen.parts and (chosen.again or "cost" not in run.results):
         run.results["cost"] = cost(bench, chosen.repeats)
         run.write()
     if "recall" in chosen.parts:

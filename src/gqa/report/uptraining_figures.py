@@ -47,11 +47,11 @@ def beginnings(rows: Sequence[Row], alpha: float) -> Figure | None:
     for kv_heads in child_heads(rows):
         marks = []
         for method in METHODS:
-            of = [matching(drawn[a], kv_heads=kv_heads, method=method) for a in shares]
-            ranges = [_range(found[0], "times_control") if found else None for found in of]
-            if any(ranges):
-                text = " → ".join(f"{one[0]:.3f}×" for one in ranges if one)
-                marks.append(Dot(method_name(method), *ranges, text, *STYLES[method]))
+            found = [matching(drawn[a], kv_heads=kv_heads, method=method) for a in shares]
+            before, after = (_range(of[0], "times_control") if of else None for of in found)
+            if before or after:
+                text = " → ".join(f"{one[0]:.3f}×" for one in (before, after) if one)
+                marks.append(Dot(method_name(method), before, after, text, *STYLES[method]))
         if marks:
             panels.append((forms.heads(kv_heads), dots(across, marks, [1.0])))
     caption = (
