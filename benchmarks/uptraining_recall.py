@@ -28,6 +28,7 @@ from gqa.convert.muon import Muon
 from gqa.convert.recipe import BASELINES, make_recipe
 from gqa.convert.run import convert
 from gqa.evaluate import evaluate, load_model, remember
+from gqa.evaluate.load import quiet_transformers
 from gqa.evaluate.recall import recall
 from gqa.record import write_text_atomic
 from gqa.source import open_checkpoint
@@ -196,7 +197,8 @@ def recall_parent(
         working = folder.with_name(folder.name + ".partial")
         model, facts = train(recipe, Lessons(tokenizer, filler, recipe.seed), len(tokenizer), working)
         result = working / "model"
-        model.save_pretrained(result)
+        with quiet_transformers():
+            model.save_pretrained(result)
         tokenizer.save_pretrained(result)
         lessons = Lessons(tokenizer, filler, recipe.seed + 1)
         last = recipe.stages[-1]

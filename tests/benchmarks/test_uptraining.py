@@ -113,7 +113,9 @@ def test_verdict_is_no_where_one_seed_or_the_mean_is_outside(uptraining):
         for n, of in ((2, (1.0, 1.02, 1.005)), (1, (1.03, 1.03, 1.03)))
         for seed, times in enumerate(of)
     ]
-    two, one = uptraining.verdicts(rows)
+    taught = {"kv_heads": 8, "method": "control with teacher", "alpha": 0.05, "seed": 0, "perplexity": 80.0}
+    two, one = uptraining.verdicts([{**row, "perplexity": 84.0} for row in rows] + [taught])
+    assert two["times_taught_control_mean"] == pytest.approx(1.05)
     assert (two["within"], two["every_seed_within"], two["bound"]) == (True, False, 1.01)
     assert (one["within"], one["every_seed_within"], one["bound"]) == (False, False, 1.02)
 

@@ -13,7 +13,7 @@ from helpers.uptraining_record import METHODS, uptraining_record
 
 from gqa.cli.main import main
 from gqa.errors import GqaError
-from gqa.report import uptraining_page
+from gqa.report import forms, uptraining_page
 
 from .test_page import HOSTILE, outline
 
@@ -33,7 +33,8 @@ def test_every_figure_is_there_with_its_table() -> None:
     page = outline(uptraining_page.render(uptraining_record()))
     assert set(page.ids) >= FIGURES
     text = " ".join(page.text)
-    assert "with 2 KV heads 0.078 % higher and with 1 KV head 0.25 % higher" in text.replace("\u00a0", " ")
+    two, one = (forms.percent(row["times_control_mean"] - 1) for row in uptraining_record().results["verdict"])
+    assert f"with 2 KV heads {two} higher and with 1 KV head {one} higher" in text
     assert "within both bounds" in text
     for row in uptraining_record().results["spread"]:
         assert f"{row['perplexity_mean']:.2f}" in page.text

@@ -9,7 +9,7 @@ from gqa.report import axes, forms
 from gqa.report.chart import Frame, Rule, Series, panel
 from gqa.report.dots import Dot, dots
 from gqa.report.figures import Figure
-from gqa.report.reading import positive
+from gqa.report.reading import number, positive
 from gqa.report.tables import rows_table
 from gqa.units import format_seconds
 
@@ -47,11 +47,11 @@ def beginnings(rows: Sequence[Row], alpha: float) -> Figure | None:
     for kv_heads in child_heads(rows):
         marks = []
         for method in METHODS:
-            of = [matching(drawn[a], kv_heads=kv_heads, method=method) for a in shares]
-            ranges = [_range(found[0], "times_control") if found else None for found in of]
-            if any(ranges):
-                text = " → ".join(f"{one[0]:.3f}×" for one in ranges if one)
-                marks.append(Dot(method_name(method), *ranges, text, *STYLES[method]))
+            found = [matching(drawn[a], kv_heads=kv_heads, method=method) for a in shares]
+            before, after = (_range(of[0], "times_control") if of else None for of in found)
+            if before or after:
+                text = " → ".join(f"{one[0]:.3f}×" for one in (before, after) if one)
+                marks.append(Dot(method_name(method), before, after, text, *STYLES[method]))
         if marks:
             panels.append((forms.heads(kv_heads), dots(across, marks, [1.0])))
     caption = (
@@ -158,6 +158,9 @@ def _close(rows: Sequence[Row], bounds: Sequence[Row]) -> Figure | None:
     caption = "The fitted ways to begin, against the control of the same seed and share."
     if told:
         caption += f" Refined first, at {forms.percent(bounds[0]['alpha'])}: {', '.join(told)}."
+    taught = [f"{row['times_taught_control_mean']:.4f}×" for row in bounds if number(row, "times_taught_control_mean")]
+    if taught:
+        caption += f" The parent gains from itself as teacher, too: against that control, {' and '.join(taught)}."
     return Figure("close", _close_title(bounds), caption, panels, {"Against the control": _table(fitted)})
 
 
