@@ -44,7 +44,7 @@ from gqa.record import describe_machine, read_record, write_text_atomic
 from gqa.source import open_checkpoint
 from gqa.study.corpus import StudyText, from_corpus
 from gqa.study.embedded import EmbeddedParent, EmbeddedRecipe, cache_folder, embedded_parent, stdlib_corpus
-from gqa.uptrain import training_windows, uptrain
+from gqa.uptrain import Settings, training_windows, uptrain
 
 COMMAND = "benchmark uptraining"
 PARENT = EmbeddedRecipe()
@@ -163,8 +163,7 @@ class Bench:
             self.work / name,
             windows=training_windows(self.text.train, self.tokens(alpha), BATCH, seed),
             parent_folder=self.parent.folder if teacher else None,
-            batch=BATCH,
-            seed=seed,
+            settings=Settings(batch=BATCH, seed=seed),
         )
         return self.work / name
 
