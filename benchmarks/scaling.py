@@ -98,9 +98,9 @@ def recipes(kv_heads: int) -> Iterator[tuple[str, int, Recipe]]:
     yield "mean", 0, make_recipe(kv_heads, "mean")
     for windows in CALIBRATION if kv_heads == KV_HEADS[0] else CALIBRATION[:1]:
         tokens = windows * WINDOW
-        fitted = {"calibration_tokens": tokens, "window": WINDOW}
-        yield "svd", windows, make_recipe(kv_heads, **fitted)
-        yield "svd, refined", windows, make_recipe(kv_heads, refine_tokens=tokens, **fitted)
+        yield "svd", windows, make_recipe(kv_heads, calibration_tokens=tokens, window=WINDOW)
+        refined = make_recipe(kv_heads, calibration_tokens=tokens, refine_tokens=tokens, window=WINDOW)
+        yield "svd, refined", windows, refined
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

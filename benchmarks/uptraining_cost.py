@@ -45,7 +45,7 @@ class Contender:
 
 
 def step_rows(
-    folders: Mapping[int, Path], shape: ModelShape, batches: Sequence[np.ndarray], repeats: int
+    folders: Mapping[int, Path], shape: ModelShape, batches: Sequence[np.ndarray] | np.ndarray, repeats: int
 ) -> list[dict[str, Any]]:
     """A row per model (KV heads -> folder, the parent's first), without and with the parent as teacher. They take
     turns, so that a slow moment of the machine does not fall on one of them alone; the first turn is not counted."""

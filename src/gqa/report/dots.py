@@ -30,7 +30,12 @@ def dots(x: Axis, rows: Sequence[Dot], rules: Sequence[float] = ()) -> str:
     import altair as alt
 
     width, height = WIDTH - LEFT - RIGHT, STEP * len(rows)
-    scale = alt.Scale(type=x.kind, domain=[x.low, x.high], nice=False, zero=False)
+    scale = alt.Scale(
+        type=x.kind,  # pyright: ignore[reportArgumentType]
+        domain=[x.low, x.high],
+        nice=False,
+        zero=False,
+    )
     across = alt.X("x:Q", scale=scale, axis=axis(alt, x, domain=False, ticks=False, titlePadding=8))
     layers = []
     for value in rules:
@@ -48,7 +53,10 @@ def dots(x: Axis, rows: Sequence[Dot], rules: Sequence[float] = ()) -> str:
             layers.append(mark.encode(x=across, y=y))
         for text, at, align in ((row.name, -10, "right"), (row.text, width + 10, "left")):
             said = alt.Chart(alt.Data(values=[{}])).mark_text(
-                align=align, baseline="middle", fontSize=FONT_SIZE, color=row.color
+                align=align,  # pyright: ignore[reportArgumentType]
+                baseline="middle",
+                fontSize=FONT_SIZE,
+                color=row.color,
             )
             layers.append(said.encode(x=alt.XValue(at), y=y, text=alt.TextValue(text)))
     chart = (

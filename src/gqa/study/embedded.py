@@ -218,7 +218,7 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = _new_model(recipe).to(device)
+        model: Any = _new_model(recipe).to(device)  # pyright: ignore[reportArgumentType]
     model.train()
     precision = torch.autocast(device, torch.bfloat16) if device != "cpu" else contextlib.nullcontext()
     every = 1 if device == "cpu" else 20  # steps between two looks at the loss, for which a GPU would have to stop

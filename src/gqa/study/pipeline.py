@@ -216,7 +216,8 @@ class _Study:
             return evaluate(load_model(folder), self.test)
         if self._parent_known is None:
             parent = load_model(self.parent)
-            size = logits_bytes(*self.test.shape, parent.config.get_text_config().vocab_size)
+            windows, tokens = self.test.shape
+            size = logits_bytes(windows, tokens, parent.config.get_text_config().vocab_size)
             self._parent_known = remember(parent, self.test) if size <= REMEMBERED_BYTES else parent
         return evaluate(load_model(folder), self.test, parent=self._parent_known)
 
