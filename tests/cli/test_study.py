@@ -28,6 +28,7 @@ def test_a_model_of_ones_own(parent, tmp_path, capsys):
     arguments += ("--window", "32")
     assert run(*arguments) == 0
     printed = capsys.readouterr()
+    assert read_record(out / "study.json").results["parent"]["train_tokens"] == 1536  # as its folder tells
     assert "What each setting saves" in printed.out
     assert "svd+refine" in printed.out
     assert str(out / "report.html") in printed.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,4 +247,16 @@ def _own(
     source = open_checkpoint(model)
     assert source.folder is not None
     context = parse_config(source.config, source.name).context or _WINDOW
-    return source, from_files(texts, source.folder, window or min(_WINDOW, context), seed), {}
+    text = from_files(texts, source.folder, window or min(_WINDOW, context), seed)
+    return source, text, _training(source.folder)
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """What a folder tells of its model's training; those that gqa trained do."""
+    from gqa.study.embedded import METADATA
+
+    try:
+        told = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        return {name: told[name] for name in ("train_tokens", "train_seconds")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
