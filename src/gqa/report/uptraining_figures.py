@@ -105,6 +105,7 @@ def cost(rows: Sequence[Row]) -> Figure | None:
         "seconds_per_step_p20": ("p20", format_seconds),
         "seconds_per_step_p50": ("median", format_seconds),
         "seconds_per_step_p80": ("p80", format_seconds),
+        "core_seconds_per_step_p50": ("of all cores", format_seconds),
         "seconds_per_step_predicted": ("predicted", format_seconds),
         "flops_per_step": ("GFLOPs predicted", lambda n: f"{n / 1e9:.1f}"),
     }
