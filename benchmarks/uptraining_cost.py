@@ -69,7 +69,8 @@ def step_rows(
 def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int, ...]) -> list[dict[str, Any]]:
     """Percentiles of the seconds, and FLOPs as planned; a teacher's are those of a forward pass, a third of a step.
 
-    seconds_per_step_predicted: at the rate that the first contender reached."""
+    core_seconds: of all threads together, which other work on the machine moves little; predicted: at the rate that the
+    first contender reached."""
     tokens = int(np.prod(batch))
 
     def flops(kv_heads: int) -> float:
@@ -78,7 +79,7 @@ def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int
         return per_token * tokens
 
     first = contenders[0]
-    rate = flops(first.kv_heads) / float(np.median(first.seconds[1:]))
+    rate = flops(first.kv_heads) / float(np.median(first.core_seconds[1:]))
     rows = []
     for one in contenders:
         work = flops(one.kv_heads) + (flops(first.kv_heads) / 3 if one.teacher is not None else 0.0)
@@ -94,7 +95,7 @@ def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int
                 "seconds_per_step_p80": p80,
                 "core_seconds_per_step_p50": float(np.median(one.core_seconds[1:])),
                 "flops_per_step": work,
-                "seconds_per_step_predicted": work / rate,
+                "core_seconds_per_step_predicted": work / rate,
             }
         )
     return rows
