@@ -220,7 +220,7 @@ def cost(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     folders = {shape.kv_heads: bench.parent.folder}
     folders |= {n: bench.converted(n, "mean", 0) for n in kv_head_choices(shape.kv_heads)[::-1] if n < shape.kv_heads}
     count = min(repeats + 1, len(bench.text.train) // BATCH)
-    return step_rows(folders, shape, bench.text.train[: count * BATCH].reshape(count, BATCH, -1), repeats)
+    return step_rows(folders, shape, np.split(bench.text.train[: count * BATCH], count), repeats)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -27,9 +27,10 @@ class Contender:
     teacher: PreTrainedModel | None
     optimizer: torch.optim.Optimizer
     seconds: list[float] = dataclasses.field(default_factory=list)
+    core_seconds: list[float] = dataclasses.field(default_factory=list)  # of all threads: little moved by other work
 
     def step(self, ids: torch.Tensor) -> None:
-        began = time.perf_counter()
+        began, began_core = time.perf_counter(), time.process_time()
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss = cross_entropy(logits, ids[:, 1:].flatten())
         if self.teacher is not None:
@@ -42,6 +43,7 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - began)
+        self.core_seconds.append(time.process_time() - began_core)
 
 
 def step_rows(
@@ -67,7 +69,8 @@ def step_rows(
 def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int, ...]) -> list[dict[str, Any]]:
     """Percentiles of the seconds, and FLOPs as planned; a teacher's are those of a forward pass, a third of a step.
 
-    seconds_per_step_predicted: at the rate that the first contender reached."""
+    core_seconds: of all threads together, which other work on the machine moves little; predicted: at the rate that the
+    first contender reached."""
     tokens = int(np.prod(batch))
 
     def flops(kv_heads: int) -> float:
@@ -76,7 +79,7 @@ def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int
         return per_token * tokens
 
     first = contenders[0]
-    rate = flops(first.kv_heads) / float(np.median(first.seconds[1:]))
+    rate = flops(first.kv_heads) / float(np.median(first.core_seconds[1:]))
     rows = []
     for one in contenders:
         work = flops(one.kv_heads) + (flops(first.kv_heads) / 3 if one.teacher is not None else 0.0)
@@ -90,8 +93,9 @@ def rows_of(contenders: Sequence[Contender], shape: ModelShape, batch: tuple[int
                 "seconds_per_step_p20": p20,
                 "seconds_per_step_p50": p50,
                 "seconds_per_step_p80": p80,
+                "core_seconds_per_step_p50": float(np.median(one.core_seconds[1:])),
                 "flops_per_step": work,
-                "seconds_per_step_predicted": work / rate,
+                "core_seconds_per_step_predicted": work / rate,
             }
         )
     return rows

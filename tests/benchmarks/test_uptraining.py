@@ -131,7 +131,7 @@ def test_cost_has_every_stop_with_the_planners_flops(uptraining, tmp_path):
         own = (training_flops_per_token(shape.with_kv_heads(row["kv_heads"]), 32) or 0) * 8 * 32
         assert row["flops_per_step"] == pytest.approx(own + full / 3 * row["teacher"])
         assert 0 < row["seconds_per_step_p20"] <= row["seconds_per_step_p50"] <= row["seconds_per_step_p80"]
-    assert rows[0]["seconds_per_step_predicted"] == pytest.approx(rows[0]["seconds_per_step_p50"])
+    assert rows[0]["core_seconds_per_step_predicted"] == pytest.approx(rows[0]["core_seconds_per_step_p50"])
 
 
 TINY_STAGES = ((3, 48, 2, 2, 0.0), (3, 64, 2, 2, 0.5))

@@ -37,7 +37,13 @@ def verdict(kv_heads: int, bound: float) -> dict[str, Any]:
 def cost(kv_heads: int, teacher: bool) -> dict[str, Any]:
     flops = (1e10 + kv_heads * 1e9) * (4 / 3 if teacher else 1)
     seconds = flops / 2e10
-    row = {"kv_heads": kv_heads, "teacher": teacher, "flops_per_step": flops, "seconds_per_step_predicted": seconds}
+    row = {
+        "kv_heads": kv_heads,
+        "teacher": teacher,
+        "flops_per_step": flops,
+        "core_seconds_per_step_predicted": seconds,
+    }
+    row["core_seconds_per_step_p50"] = 1.02 * seconds
     times = {"p20": 0.97, "p50": 1.0, "p80": 1.1}
     return row | {f"seconds_per_step_{name}": factor * seconds for name, factor in times.items()}
 

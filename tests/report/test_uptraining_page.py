@@ -34,7 +34,7 @@ def test_every_figure_is_there_with_its_table() -> None:
     assert set(page.ids) >= FIGURES
     text = " ".join(page.text)
     two, one = (forms.percent(row["times_control_mean"] - 1) for row in uptraining_record().results["verdict"])
-    assert f"with 2 KV heads {two} higher and with 1 KV head {one} higher" in text
+    assert f"{two} higher with 2 KV heads and {one} higher with 1 KV head" in text
     assert "within both bounds" in text
     for row in uptraining_record().results["spread"]:
         assert f"{row['perplexity_mean']:.2f}" in page.text

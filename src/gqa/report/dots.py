@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from gqa.report.axes import Axis
 from gqa.report.chart import BOTTOM, FONT_SIZE, MARK, axis, to_svg
@@ -27,8 +28,9 @@ class Dot:
 
 def dots(x: Axis, rows: Sequence[Dot], rules: Sequence[float] = ()) -> str:
     """The panel as an SVG element; rules: values of x with a dashed line from top to bottom."""
-    import altair as alt
+    import altair
 
+    alt: Any = altair  # its types know only values written out
     width, height = WIDTH - LEFT - RIGHT, STEP * len(rows)
     scale = alt.Scale(
         type=x.kind,  # pyright: ignore[reportArgumentType]

@@ -55,10 +55,11 @@ def render(record: Record) -> str:
 def _finding(verdicts: list[Mapping[str, Any]]) -> str:
     if not verdicts:
         return "What uptraining gives back was not measured."
-    told = " and ".join(f"with {forms.heads(row['kv_heads'])} {_apart(row['times_control_mean'])}" for row in verdicts)
+    told = " and ".join(f"{_apart(row['times_control_mean'])} with {forms.heads(row['kv_heads'])}" for row in verdicts)
+    share = forms.percent(verdicts[0]["alpha"])
     return (
-        f"Refined and then trained on {forms.percent(verdicts[0]['alpha'])} of the parent's tokens, the model's"
-        f" perplexity is {told}, against the parent trained on the same tokens."
+        f"After refinement and {share} of the parent's training, perplexity is {told} than that of the parent"
+        " trained on the same tokens."
     )
 
 
