@@ -68,8 +68,8 @@ def cost(rows: Sequence[Row]) -> Figure | None:
     heads = sorted({row["kv_heads"] for row in rows}, reverse=True)
     series = []
     for teacher, name, color, shape in (
-        (True, "with teacher", "var(--mean)", "square"),
-        (False, "by itself", "var(--svd)", "circle"),
+        (True, "taught", "var(--mean)", "square"),
+        (False, "alone", "var(--svd)", "circle"),
     ):
         of = [row for row in rows if row["teacher"] == teacher and positive(row, "core_seconds_per_step_p50")]
         marks = [(row["kv_heads"], row["core_seconds_per_step_p50"]) for row in of]
@@ -93,9 +93,9 @@ def cost(rows: Sequence[Row]) -> Figure | None:
             f" are {_less(predicted)}"
         )
     caption = (
-        "Forward, backward and optimizer on one batch; the stops take turns. Filled marks are medians of the time that"
-        " all cores spend, hollow ones are predicted: FLOPs at the rate that the most KV heads reach by themselves."
-        " Training reads no cache, so it gains only what the smaller projections save."
+        "Forward, backward and optimizer on one batch, alone or with the parent as teacher; the stops take turns."
+        " Filled marks are medians of the time that all cores spend, hollow ones are predicted: FLOPs at the rate that"
+        " the most KV heads reach alone. Training reads no cache, so it gains only what the smaller projections save."
     )
     columns = {
         "kv_heads": ("KV heads", forms.whole),
@@ -107,7 +107,7 @@ def cost(rows: Sequence[Row]) -> Figure | None:
         "seconds_per_step_p80": ("p80", format_seconds),
         "flops_per_step": ("GFLOPs predicted", lambda n: f"{n / 1e9:.1f}"),
     }
-    told = [{**row, "with": "with teacher" if row["teacher"] else "by itself"} for row in rows]
+    told = [{**row, "with": "taught by the parent" if row["teacher"] else "alone"} for row in rows]
     table = rows_table(columns, told)
     return Figure("cost", title, caption, [("", panel(across, up, series, frame=NARROW))], {"Cost of a step": table})
 
