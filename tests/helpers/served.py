@@ -59,6 +59,7 @@ PROMPT_TOKENS, NEW_TOKENS = 11, 12
 
 
 @functools.cache
+@torch.inference_mode(False)  # whoever asks first: it is kept for tests of gradients, too
 def served_model(name: str, implementation: str) -> Any:
     """The model of this name, the same weights for every attention implementation."""
     gqa.hf.register()
