@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from gqa.report.axes import Axis
-from gqa.report.chart import BOTTOM, FONT_SIZE, axis, to_svg
+from gqa.report.chart import BOTTOM, FONT_SIZE, axis, drawing
 
 THICK, STEP, GAP = 11, 17, 14
 WIDTH, LEFT, RIGHT = 430, 94, 112
@@ -42,18 +42,7 @@ def bars(x: Axis, groups: Mapping[str, Sequence[Bar]]) -> str:
             top += STEP
         top += GAP
     height = top - GAP - STEP + THICK + 6
-    chart = (
-        alt.layer(*layers)
-        .properties(
-            width=width,
-            height=height,
-            padding={"left": LEFT, "right": RIGHT, "top": 8, "bottom": BOTTOM},
-            autosize=alt.AutoSizeParams(type="none"),
-        )
-        .configure(font="sans-serif", background="transparent", aria=False)
-        .configure_view(stroke=None)
-    )
-    return to_svg(chart)
+    return drawing(layers, width, height, {"left": LEFT, "right": RIGHT, "top": 8, "bottom": BOTTOM})
 
 
 def _text(alt, text: str, x: float, y: float, color: str, align: str):

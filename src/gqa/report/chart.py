@@ -75,22 +75,20 @@ def panel(x: Axis, y: Axis, series: Sequence[Series], rules: Sequence[Rule] = ()
     keyed = any(end.far for end in ends)
     layers += [_name(alt, end, keyed) for end in ends]
     layers += [_inside_name(alt, y, rule, frame.height) for rule in rules if rule.inside]
+    room = {"left": frame.left, "right": frame.right, "top": TOP, "bottom": BOTTOM}
+    return drawing(layers, width, frame.height, room)
+
+
+def drawing(layers: Sequence[Any], width: float, height: float, room: dict[str, int]) -> str:
+    """Layers of altair as an SVG element that scales with its box; room: pixels around the plot."""
+    import altair as alt
+
     chart = (
         alt.layer(*layers)
-        .properties(
-            width=width,
-            height=frame.height,
-            padding={"left": frame.left, "right": frame.right, "top": TOP, "bottom": BOTTOM},
-            autosize=alt.AutoSizeParams(type="none"),
-        )
+        .properties(width=width, height=height, padding=room, autosize=alt.AutoSizeParams(type="none"))
         .configure(font="sans-serif", background="transparent", aria=False)
         .configure_view(stroke=None)
     )
-    return to_svg(chart)
-
-
-def to_svg(chart: Any) -> str:
-    """An altair chart as an SVG element that scales with its box."""
     stream = io.StringIO()
     chart.save(stream, format="svg", engine="vl-convert")
     svg = stream.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gqa.report.axes import Axis
-from gqa.report.chart import BOTTOM, FONT_SIZE, MARK, axis, to_svg
+from gqa.report.chart import BOTTOM, FONT_SIZE, MARK, axis, drawing
 
 STEP = 26
 WIDTH, LEFT, RIGHT = 430, 94, 122
@@ -61,15 +61,4 @@ def dots(x: Axis, rows: Sequence[Dot], rules: Sequence[float] = ()) -> str:
                 color=row.color,
             )
             layers.append(said.encode(x=alt.XValue(at), y=y, text=alt.TextValue(text)))
-    chart = (
-        alt.layer(*layers)
-        .properties(
-            width=width,
-            height=height,
-            padding={"left": LEFT, "right": RIGHT, "top": 8, "bottom": BOTTOM},
-            autosize=alt.AutoSizeParams(type="none"),
-        )
-        .configure(font="sans-serif", background="transparent", aria=False)
-        .configure_view(stroke=None)
-    )
-    return to_svg(chart)
+    return drawing(layers, width, height, {"left": LEFT, "right": RIGHT, "top": 8, "bottom": BOTTOM})

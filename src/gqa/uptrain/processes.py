@@ -42,7 +42,7 @@ class Processes:
         if self.first:
             try:
                 told = [work(), None]
-            except Exception as error:
+            except Exception as error:  # raised below, in every process: none may wait for one that has left
                 told = [None, error]
         dist.broadcast_object_list(told, src=0, group=self.group)
         if told[1] is not None:
