@@ -39,7 +39,11 @@ class Study:
     def from_record(cls, record: Record) -> Study:
         """Errors: GqaError when the record is not a study's or holds no setting of the dial."""
         if record.command != "study":
-            raise GqaError("the report is made from a study's record", got=f"a record of `gqa {record.command}`")
+            raise GqaError(
+                "the report is made from a study's record",
+                got=f"a record of `gqa {record.command}`",
+                allowed="records of gqa study, of gqa plan, and of the benchmarks of uptraining and scaling",
+            )
         results = record.results
         if not isinstance(results, Mapping):
             raise GqaError("a study's record without results", got=type(results).__name__)
