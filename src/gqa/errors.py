@@ -43,5 +43,16 @@ class GqaError(ValueError):
         return (_rebuild, (self.what, self.got, self.allowed, self.hint))
 
 
+class TrainingError(GqaError):
+    """A training cannot go on; its last checkpoint is kept, and another try begins there."""
+
+    def __reduce__(self):
+        return (_rebuild_training, (self.what, self.got, self.allowed, self.hint))
+
+
+def _rebuild_training(what: str, got: str | None, allowed: str | None, hint: str | None) -> TrainingError:
+    return TrainingError(what, got=got, allowed=allowed, hint=hint)
+
+
 def _rebuild(what: str, got: str | None, allowed: str | None, hint: str | None) -> GqaError:
     return GqaError(what, got=got, allowed=allowed, hint=hint)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gqa.cli import output
-from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, Recipe, make_recipe
+from gqa.convert.recipe import BASELINES, GROUPINGS, METHODS, PRECISIONS, Recipe, make_recipe
 from gqa.errors import GqaError
 from gqa.record import Record
 from gqa.units import format_bytes, format_seconds, parse_bytes, parse_share, parse_tokens
@@ -26,8 +26,8 @@ _WINDOW = 256
 
 _WORTH_TELLING_SECONDS = 10
 
-# Of a text that is too short, one window in so many is kept for the comparison.
-_FEWEST_FITTED = 8
+# What `--calibrate` calls text that the parent writes itself.
+_SELF = "self"
 
 # What `--kv-heads auto` may lose where nothing else is said.
 _BUDGET = 0.02
@@ -98,7 +98,8 @@ class _Command(output.Command):
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="TEXT",
-    help="Text like what the model will read: .txt, .jsonl or .parquet files, or folders of them; repeatable.",
+    help="Text like what the model will read: .txt, .jsonl or .parquet files, folders of them, or `self` for text that"
+    " MODEL writes (questions and answers where it has a chat template); repeatable, in equal parts.",
 )
 @output.text_field_option
 @click.option("--calibration-tokens", default="32k", show_default=True, metavar="N", help="Tokens of it to look at.")
@@ -112,6 +113,23 @@ class _Command(output.Command):
 @click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
 @click.option("--refine", metavar="TOKENS", help="Train each attention against the parent's on that many tokens.")
 @click.option("--refine-steps", type=int, default=120, show_default=True, help="Steps of that training per layer.")
+@click.option(
+    "--distill",
+    metavar="TOKENS",
+    help="Train all attentions together against the parent's predictions on that many tokens of the calibration text.",
+)
+@click.option(
+    "--distill-window", type=int, default=256, show_default=True, help="Tokens per window of the distillation."
+)
+@click.option("--distill-batch", type=int, default=4, show_default=True, help="Windows per step of the distillation.")
+@click.option(
+    "--distill-rate", type=float, default=6e-4, show_default=True, help="Peak learning rate of the distillation."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the distillation's products.  [default: bf16 where the device multiplies it faster, else fp32]",
+)
 @click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
 @click.option("--refit/--no-refit", default=None, help="Fit W_q, W_k, W_o to the parent.  [default: by method]")
 @click.option("--memory", metavar="SIZE", help="What the conversion may take, such as 8GiB.  [default: what is free]")
@@ -135,6 +153,11 @@ def command(
     window: int | None,
     refine: str | None,
     refine_steps: int,
+    distill: str | None,
+    distill_window: int,
+    distill_batch: int,
+    distill_rate: float,
+    precision: Any,
     grouping: Any,
     refit: bool | None,
     memory: str | None,
@@ -153,7 +176,7 @@ def command(
     from gqa.convert.auto import candidates
     from gqa.convert.effort import seconds_estimate
     from gqa.convert.job import plan_conversion
-    from gqa.device import check_device, default_device
+    from gqa.device import check_device, default_device, multiplies_bf16
     from gqa.source import open_checkpoint
     from gqa.text import read_text
 
@@ -177,13 +200,21 @@ def command(
         window=min(_WINDOW, context) if window is None else window,
         measure_tokens=parse_tokens(measure) if texts and measure != "0" else 0,
         seed=seed,
+        distill_tokens=parse_tokens(distill) if distill else 0,
+        distill_window=min(distill_window, context),
+        distill_batch=distill_batch,
+        distill_learning_rate=distill_rate,
+        distill_precision=precision or ("bf16" if multiplies_bf16(device) else "fp32"),
     )
+    if recipe.distill_tokens and not texts:
+        raise GqaError("a distillation reads text, and none is given", hint="--calibrate FILE, or --calibrate self")
     if share is not None and not recipe.measure_tokens:
         raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE")
     choices = candidates(source, recipe) if search else [recipe.kv_heads]
     recipe = dataclasses.replace(recipe, kv_heads=choices[-1])  # the plan with most to write stands for all
     job = plan_conversion(source, recipe)
-    text = read_text(texts, text_field) if texts else ""
+    files = [path for path in texts if str(path) != _SELF]
+    text = read_text(files, text_field) if files else ""
     _advise(recipe, job)
     for note in () if job.exact else job.layout.notes:
         output.note(f"note: {note}")
@@ -203,10 +234,15 @@ def command(
     if seconds and seconds > _WORTH_TELLING_SECONDS:
         output.note(f"note: this takes about {format_seconds(seconds)}{' each' if search else ''} (estimate)")
     windows = None
-    if recipe.all_windows and not job.exact:
-        recipe, windows = _cut(recipe, source, text)
     how: Any = {"texts": inputs["texts"], "memory_bytes": memory_bytes, "device": device}
     with output.progress() as progress:
+        if (recipe.all_windows or recipe.distill_tokens) and not job.exact:
+            cut = _cut(recipe, source, text, len(files) < len(texts), progress)
+            recipe, windows = cut.recipe, cut.windows
+            if cut.distill_windows is not None:
+                from gqa.uptrain import distill_attentions
+
+                how |= {"distill": distill_attentions, "distill_windows": cut.distill_windows}
         if share is None or windows is None:
             report = convert(source, out, recipe, windows, progress, **how)
         else:
@@ -243,26 +279,24 @@ def _advise(recipe: Recipe, job: Job) -> None:
         output.note("note: without calibration text more is lost than need be; --calibrate FILE takes any plain text")
 
 
-def _cut(recipe: Recipe, source: Source, text: str) -> tuple[Recipe, np.ndarray]:
-    """Text -> windows, and the recipe with the tokens that there really are."""
+def _cut(recipe: Recipe, source: Source, text: str, own: bool, progress: Progress) -> ConversionText:
+    """Text, and what the parent writes if `own`, as the windows that the recipe asks for."""
+    from gqa.convert.texts import conversion_text
     from gqa.text import load_tokenizer, token_windows
 
     assert source.folder is not None
-    tokenizer = load_tokenizer(source.folder)
-    windows = token_windows(text, tokenizer, recipe.window, recipe.all_windows, recipe.seed)
-    missing = recipe.all_windows - len(windows)
-    if not missing:
-        return recipe, windows
-    output.note(
-        f"note: the text has {windows.size} tokens in whole windows, fewer than the "
-        f"{recipe.all_windows * recipe.window} asked for"
-    )
-    measured = recipe.all_windows - recipe.windows
-    measured = len(windows) if not recipe.windows else min(measured, len(windows) // _FEWEST_FITTED)
-    fewer = {"measure_tokens": measured * recipe.window}
-    for name in ("calibration_tokens", "refine_tokens"):
-        fewer[name] = min(getattr(recipe, name), (len(windows) - measured) * recipe.window)
-    return dataclasses.replace(recipe, **fewer), windows
+    folder, tokenizer, sources = source.folder, load_tokenizer(source.folder), []
+    if text:
+        sources.append(lambda count, tokens: token_windows(text, tokenizer, tokens, count, recipe.seed))
+    if own:
+        sources.append(lambda count, tokens: own_text(folder, count, tokens, recipe.seed, progress))
+    cut = conversion_text(sources, recipe)
+    if cut.recipe != recipe:
+        asked = recipe.all_windows * recipe.window
+        output.note(f"note: the text has {cut.tokens} tokens in whole windows, fewer than the {asked} asked for")
+    if cut.distill_rounds > 1:
+        output.note(f"note: the distillation reads its text {cut.distill_rounds:.1f} times")
+    return cut
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -250,6 +250,19 @@ def hidden_error(parent: States, child: States) -> float:
     return total / (parent.shape[0] * parent.shape[1])
 
 
+def token_weights(hidden: States) -> Tensor:
+    """What each token's squared error counts in a fit, (N, T) in float32 with a mean of 1: 1 / |h|^2, h (N, T, d) the
+    parent's hidden states before the layer.
+
+    Some models give a few tokens, most often the first of a window, hidden states hundreds of times larger than all
+    others' (massive activations: Sun et al. 2024, arXiv 2402.17762). A plain sum of squares belongs to those tokens, and
+    a fit to it spoils all others. A hidden state below a tenth of the median length counts as one of that length.
+    """
+    sizes = torch.cat([batch.float().square().sum(-1) for batch in hidden.split(BATCH)])
+    weights = 1 / sizes.clamp_min(1e-2 * float(sizes.median())).clamp_min(1e-30)
+    return weights / weights.mean()
+
+
 def second_moment(inputs: States, *, biased: bool) -> Tensor:
     """E[x xT] in float64 over all tokens: (N, T, d) -> (E, E); with biases x has a last entry of 1."""
     count, d = inputs.shape[0] * inputs.shape[1], inputs.shape[-1]

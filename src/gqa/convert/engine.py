@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gqa.config import child_config, parse_config, text_part
 from gqa.convert import grouping, heads, refine, scores
-from gqa.convert.calibrate import BATCH, Block, first_hidden, hidden_error, second_moment
+from gqa.convert.calibrate import BATCH, Block, first_hidden, hidden_error, second_moment, token_weights
 from gqa.convert.merge import METHODS
 from gqa.convert.pool import groups_of, layer_seed, pool
 from gqa.convert.recipe import Recipe
@@ -96,6 +96,7 @@ class Engine:
         block = self._block(layer, self.parent_config, weights)
         targets = self._keep("targets", self._targets(block, parent_hidden, child_hidden))
         inputs = self._keep("inputs", map(block.attention_input, child_hidden.split(BATCH)))
+        token_weight = token_weights(parent_hidden)
         moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
         child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
@@ -111,14 +112,16 @@ class Engine:
         student = self._block(layer, self.child_config, heads.join(child, weights, shape, self.layout))
         del parent, child, moment  # float64, and not needed any more
         if self.recipe.refit:
-            refine.refit(student, inputs, targets)
-        report["closed_form_error"] = report["output_error"] = refine.output_error(student, inputs, targets)
+            refine.refit(student, inputs, targets, token_weight)
+        error = refine.output_error(student, inputs, targets, token_weight)
+        report["closed_form_error"] = report["output_error"] = error
         if self.recipe.refine_tokens:
             some = max(BATCH, self.recipe.refine_tokens // inputs.shape[1])
             refine.refine(
                 student,
                 head(inputs, some),
                 head(targets, some),
+                token_weight[:some],
                 head_dim=shape.head_dim,
                 steps=self.recipe.refine_steps,
                 learning_rate=self.recipe.refine_learning_rate,
@@ -126,8 +129,8 @@ class Engine:
                 progress=self.progress,
                 stage=f"refine layer {layer + 1}/{len(self.shapes)}",
             )
-            refine.refit(student, inputs, targets)
-            report["output_error"] = refine.output_error(student, inputs, targets)
+            refine.refit(student, inputs, targets, token_weight)
+            report["output_error"] = refine.output_error(student, inputs, targets, token_weight)
         converted = self._as_stored(layer, self._attention_of(layer, student))
         del student, inputs, targets
         self._advance(layer, block, self._block(layer, self.child_config, converted))

@@ -57,7 +57,13 @@ class Job:
     @property
     def pooled(self) -> bool:
         """Layers are computed while they are written: nothing of them waits in the work folder."""
-        return (self.recipe.baseline and not self.recipe.measure_tokens) or self.repeats
+        looks = self.recipe.measure_tokens or self.recipe.distill_tokens
+        return (self.recipe.baseline and not looks) or self.repeats
+
+    @property
+    def distills(self) -> bool:
+        """All attentions are trained together once their layers are converted."""
+        return bool(self.recipe.distill_tokens) and not self.exact
 
     def metadata(self, shard: str) -> dict[str, str]:
         """What the header of a file says beside its tensors; transformers wants the format told."""
@@ -68,8 +74,8 @@ class Job:
         return file_bytes(self.shards[shard], self.metadata(shard))
 
     def work_bytes(self, layer: int) -> int:
-        """Upper bound of a layer's file in the work folder."""
-        return 0 if self.pooled else file_bytes(self.changes[layer], {})
+        """Upper bound of a layer's files in the work folder: before a distillation, and after it."""
+        return 0 if self.pooled else file_bytes(self.changes[layer], {}) * (2 if self.distills else 1)
 
     @property
     def output_bytes(self) -> int:
@@ -120,16 +126,15 @@ class Job:
             "recipe": recipe.to_dict(),
         }
 
-    def identify(self, windows: Any) -> dict[str, Any]:
-        """What decides the result: the recipe, the parent's files and the calibration text."""
+    def identify(self, windows: Any, distill_windows: Any = None) -> dict[str, Any]:
+        """What decides the result: the recipe, the parent's files, the calibration text and that of a distillation."""
         config = json.dumps(self.source.config, sort_keys=True)
-        return {
+        identity = {
             "recipe": self.recipe.to_dict(),
             "source": {"config_sha256": _sha256(config.encode()), "shards": self.checkpoint.fingerprint()},
-            "calibration": None
-            if windows is None
-            else {"windows": list(windows.shape), "sha256": _sha256(windows.tobytes())},
+            "calibration": _describe_windows(windows),
         }
+        return identity if distill_windows is None else identity | {"distillation": _describe_windows(distill_windows)}
 
     def attention(self, layer: int) -> list[TensorEntry]:
         """The parent's tensors of an attention."""
@@ -145,6 +150,8 @@ class Job:
             steps += ["refit W_q and W_k", "refit W_o"]
         if recipe.refine_tokens:
             steps += [f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps", "refit W_o"]
+        if recipe.distill_tokens:
+            steps.append(f"distill all attentions together on {recipe.distill_tokens} tokens")
         if recipe.measure_tokens:
             steps.append(f"compare with the parent on {recipe.measure_tokens} further tokens")
         return steps
@@ -170,7 +177,8 @@ def plan_conversion(source: Source, recipe: Recipe) -> Job:
     if recipe.kv_heads != parent.kv_heads:
         for layer in range(len(child.layers)):
             shapes = layout.attention_shapes(child, layer)
-            names = layout.changing(layer, pooled=recipe.baseline or recipe.kv_heads > parent.kv_heads)
+            pooled = (recipe.baseline and not recipe.distill_tokens) or recipe.kv_heads > parent.kv_heads
+            names = layout.changing(layer, pooled=pooled)
             changes[layer] = tuple(
                 replace(checkpoint.entry(name), shape=shapes[name]) for name in names if name in checkpoint
             )
@@ -203,6 +211,10 @@ def _check_kv_heads(parent: ModelShape, kv_heads: int) -> None:
         allowed=", ".join(map(str, choices)),
         hint=f"gqa convert <the same arguments> --kv-heads {nearest}",
     )
+
+
+def _describe_windows(windows: Any) -> dict[str, Any] | None:
+    return None if windows is None else {"windows": list(windows.shape), "sha256": _sha256(windows.tobytes())}
 
 
 def _sha256(data: bytes) -> str:

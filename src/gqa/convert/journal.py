@@ -4,6 +4,8 @@ OUT.partial/lock                   held by the process at work; the system lets 
 OUT.partial/journal.json           what is being converted, and the reports of the finished layers
 OUT.partial/layer-0003.safetensors the changed tensors of a finished layer
 OUT.partial/states/                activations of the calibration text before the next layer, where memory is short
+OUT.partial/training/              checkpoints of a distillation
+OUT.partial/distilled-0003.safetensors the changed tensors of a layer after the distillation
 OUT.partial/result/                what becomes OUT by one rename
 """
 
@@ -32,6 +34,8 @@ class Journal:
         self.folder = folder
         self.reports: list[dict[str, Any]] = []
         self.measured: dict[str, Any] | None = None
+        self.distilled: dict[str, Any] | None = None  # the report of a finished distillation
+        self.measured_distilled: dict[str, Any] | None = None
         self._identity: Mapping[str, Any] = {}
 
     @property
@@ -42,6 +46,13 @@ class Journal:
     def states(self) -> Path:
         return self.folder / "states"
 
+    @property
+    def training(self) -> Path:
+        return self.folder / "training"
+
+    def forget_training(self) -> None:
+        shutil.rmtree(self.training, ignore_errors=True)
+
     def forget_states(self) -> None:
         shutil.rmtree(self.states, ignore_errors=True)
 
@@ -51,7 +62,11 @@ class Journal:
         return not self.reports and not any(self.result.glob("*.safetensors"))
 
     def layer_path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04d}.safetensors"
+        """The file of a layer as it is now: converted, or distilled."""
+        return self.folder / f"layer-{layer:04d}.safetensors" if self.distilled is None else self.distilled_path(layer)
+
+    def distilled_path(self, layer: int) -> Path:
+        return self.folder / f"distilled-{layer:04d}.safetensors"
 
     def finished(self, identity: Mapping[str, Any]) -> bool:
         """The result of this conversion has been moved to OUT, and only tidying up was missed."""
@@ -86,10 +101,21 @@ class Journal:
         self.measured = measured
         self._write()
 
+    def finish_distilling(self, report: dict[str, Any]) -> None:
+        """From here on the files of the distilled layers count."""
+        self.distilled = report
+        self._write()
+        self.forget_training()
+
+    def finish_measuring_distilled(self, measured: dict[str, Any]) -> None:
+        self.measured_distilled = measured
+        self._write()
+
     def discard(self) -> None:
         """Remove the work folder, the journal last: what a kill leaves is still known as ours."""
         shutil.rmtree(self.result, ignore_errors=True)
         self.forget_states()
+        self.forget_training()
         for path in self.folder.iterdir():
             if path.name not in ("journal.json", "lock"):
                 path.unlink()
@@ -110,6 +136,8 @@ class Journal:
             )
         if self.result.is_dir():  # else the result has been moved to OUT, and from there elsewhere: begin again
             self.reports, self.measured = document["layers"], document.get("measured")
+            self.distilled = document.get("distilled")
+            self.measured_distilled = document.get("measured_distilled")
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -133,7 +161,10 @@ class Journal:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write(self) -> None:
-        document = {"format": _FORMAT, "identity": self._identity, "layers": self.reports, "measured": self.measured}
+        document: dict[str, Any] = {"format": _FORMAT, "identity": self._identity, "layers": self.reports}
+        document["measured"] = self.measured
+        if self.distilled is not None:
+            document |= {"distilled": self.distilled, "measured_distilled": self.measured_distilled}
         write_text_atomic(self.folder / "journal.json", json.dumps(document, allow_nan=False))
         sync_folder(self.folder)
 

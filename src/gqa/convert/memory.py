@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _LIBRARIES_BYTES = 320 << 20
 _WITH_BLOCKS_BYTES = 600 << 20
 
+# Two pieces of logits of 64 MiB, with logarithms, exponentials and gradients.
+_LOGITS_BYTES = 8 * (64 << 20)
+
 # States before a block and after it, parent's and child's, and the attention's inputs and targets.
 _STATES = 6
 
@@ -62,7 +65,37 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     first = embedding.nbytes + math.prod(embedding.shape) * 4 + tokens * d * 4
     if recipe.measure_tokens:  # the head, and the logits of one window with what the loss makes of them
         first += recipe.window * job.checkpoint.shape(job.layout.embedding)[0] * 4 * 3
-    return _WITH_BLOCKS_BYTES + max(peak, first)
+    return _WITH_BLOCKS_BYTES + max(peak, first, distill_bytes(job) if job.distills else 0)
+
+
+def distill_bytes(job: Job) -> int:
+    """What a distillation holds beside the libraries: every weight of the parent once, in the dtype that products run
+    in; the child's attentions in float32, each with gradient and two moments; the activations of one step, about
+    (14 d + 5 I) numbers of the products' dtype and 4 d of float32 per token and layer, I the width of the MLP; and two
+    pieces of logits with what the loss makes of them.
+    """
+    recipe, width = job.recipe, 2 if job.recipe.distill_precision == "bf16" else 4
+    numbers = sum(math.prod(job.checkpoint.entry(name).shape) for name in job.checkpoint.names)
+    d, widest = job.parent.hidden, max(job.parent.intermediate or 0, 4 * job.parent.hidden)
+    tokens = recipe.distill_batch * recipe.distill_window
+    per_layer = tokens * ((14 * d + 5 * widest) * width + 4 * d * 4)
+    activations = len(job.parent.layers) * per_layer
+    return numbers * width + 16 * trained_numbers(job) + activations + _LOGITS_BYTES
+
+
+def trained_numbers(job: Job) -> int:
+    """Numbers of the child's attentions, which a distillation trains."""
+    total = 0
+    for layer in range(len(job.child.layers)):
+        shapes = job.layout.attention_shapes(job.child, layer)
+        total += sum(math.prod(shape) for name, shape in shapes.items() if name in job.checkpoint)
+    return total
+
+
+def training_disk_bytes(job: Job) -> int:
+    """Room for the checkpoints of a distillation: while a third is written, two lie there, each of weights and two
+    moments in float32."""
+    return 3 * 12 * trained_numbers(job) if job.distills else 0
 
 
 def states_bytes(job: Job) -> int:

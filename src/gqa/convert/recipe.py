@@ -11,9 +11,11 @@ from gqa.errors import GqaError
 
 Method = Literal["svd", "procrustes", "mean", "first", "random"]
 Grouping = Literal["search", "contiguous"]
+Precision = Literal["fp32", "bf16"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Pooling as published (Ainslie et al. 2023, arXiv 2305.13245): neighbours share a head, nothing is fitted.
 BASELINES = ("mean", "first", "random")
@@ -25,6 +27,9 @@ class Recipe:
     `search`ed or `contiguous`. refit: fit W_q and W_k to the parent's scores and W_o to its attention output, by least
     squares. refine_tokens: tokens on which each attention is trained against the parent's (0: not at all), in
     `refine_steps` steps that begin at `refine_learning_rate`.
+    distill_tokens: tokens of the distillation, in which all attentions are trained together against the parent's
+    predictions (0: none), in windows of `distill_window`, `distill_batch` windows a step, at a peak rate of
+    `distill_learning_rate`, with products in `distill_precision`.
     calibration_tokens: tokens whose activations weigh the errors (0: none, no text is needed). window: tokens per
     window of that text. measure_tokens: further tokens, which no fit sees, on which parent and child are compared at
     the end (0: none).
@@ -43,9 +48,18 @@ class Recipe:
     window: int = 256
     measure_tokens: int = 0
     seed: int = 0
+    distill_tokens: int = 0
+    distill_window: int = 256
+    distill_batch: int = 4
+    distill_learning_rate: float = 6e-4
+    distill_precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("grouping", GROUPINGS)):
+        for name, choices in (
+            ("method", METHODS),
+            ("grouping", GROUPINGS),
+            ("distill_precision", PRECISIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise GqaError(f"an unknown {name}", got=repr(getattr(self, name)), allowed=", ".join(choices))
         lowest = {
@@ -56,13 +70,23 @@ class Recipe:
             "window": 2,
             "measure_tokens": 0,
             "seed": 0,
+            "distill_tokens": 0,
+            "distill_window": 2,
+            "distill_batch": 1,
         }
         for name, low in lowest.items():
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise GqaError(f"{name.replace('_', ' ')} out of range", got=repr(value), allowed=f"{low} or more")
-        if not 0 < self.refine_learning_rate < 1:
-            raise GqaError("refine learning rate out of range", got=self.refine_learning_rate, allowed="0 to 1")
+        for name in ("refine_learning_rate", "distill_learning_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise GqaError(f"{name.replace('_', ' ')} out of range", got=getattr(self, name), allowed="0 to 1")
+        if 0 < self.distill_tokens < self.distill_batch * self.distill_window:
+            raise GqaError(
+                "the distillation has fewer tokens than one step",
+                got=self.distill_tokens,
+                allowed=f"{self.distill_batch * self.distill_window} or more",
+            )
         if not self.calibration_tokens:
             for name, wanted in (("refit", self.refit), ("refine", self.refine_tokens)):
                 if wanted:
@@ -85,6 +109,17 @@ class Recipe:
         return self.method in BASELINES and self.grouping == "contiguous" and not fitted
 
     @property
+    def distill_windows(self) -> int:
+        """How many windows the distillation reads: whole steps."""
+        steps = round(self.distill_tokens / (self.distill_window * self.distill_batch))
+        return (max(1, steps) if self.distill_tokens else 0) * self.distill_batch
+
+    @property
+    def without_distillation(self) -> Recipe:
+        """The conversion that a distillation starts from."""
+        return dataclasses.replace(self, distill_tokens=0)
+
+    @property
     def windows(self) -> int:
         """How many windows of text the fits look at, in calibration or refinement."""
         return max(self.calibration_tokens, self.refine_tokens) // self.window
@@ -95,7 +130,10 @@ class Recipe:
         return self.windows + self.measure_tokens // self.window
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON; without the distillation's settings where there is none, so that a recipe from before they existed
+        reads the same."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if self.distill_tokens or not name.startswith("distill_")}
 
     @property
     def hash(self) -> str:
@@ -115,11 +153,12 @@ def make_recipe(
     window: int = 256,
     measure_tokens: int = 0,
     seed: int = 0,
+    **distillation: Any,
 ) -> Recipe:
     """A Recipe with what was not said filled in.
 
     svd and procrustes search the grouping and, where there is calibration text, refit W_q, W_k and W_o; mean, first
-    and random are the published baselines: contiguous groups, nothing fitted.
+    and random are the published baselines: contiguous groups, nothing fitted. distillation: the `distill_` fields.
     """
     baseline = method in BASELINES
     return Recipe(
@@ -133,4 +172,5 @@ def make_recipe(
         window=window,
         measure_tokens=measure_tokens,
         seed=seed,
+        **distillation,
     )

@@ -22,20 +22,22 @@ _RIDGE = 0.25
 
 
 @torch.no_grad()
-def output_error(block: Block, inputs: States, targets: States) -> float:
-    """Relative mean squared error of the attention's output: sum |o - y|^2 / sum |y|^2 over (N, T, d)."""
+def output_error(block: Block, inputs: States, targets: States, weights: Tensor) -> float:
+    """Relative mean squared error of the attention's output: sum w |o - y|^2 / sum w |y|^2 over (N, T, d), w (N, T) as
+    `token_weights` gives them."""
     wrong = whole = 0.0
-    for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True):
-        wrong += float((block.attend(x) - y).double().square().sum())
-        whole += float(y.double().square().sum())
+    for x, y, w in zip(inputs.split(BATCH), targets.split(BATCH), weights.split(BATCH), strict=True):
+        wrong += float((w * (block.attend(x) - y).double().square().sum(-1)).sum())
+        whole += float((w * y.double().square().sum(-1)).sum())
     return wrong / max(whole, 1e-300)
 
 
 @torch.no_grad()
-def refit(block: Block, inputs: States, targets: States) -> None:
+def refit(block: Block, inputs: States, targets: States, weights: Tensor) -> None:
     """Replace W_o by the ridge regression of the parent's attention output on what the child's W_o is given:
 
-    minimise sum |W_o z + b - y|^2 + r |W_o - W_o,old|^2 with z (m,), y (d,), r = E|z|^2 / 4.
+    minimise sum w |W_o z + b - y|^2 + r |W_o - W_o,old|^2 with z (m,), y (d,), r = E[w |z|^2] / 4; w (N, T) as
+    `token_weights` gives them.
     """
     weight, bias = block.output.weight, block.output.bias
     m = weight.shape[1]
@@ -46,12 +48,13 @@ def refit(block: Block, inputs: States, targets: States) -> None:
     tokens = inputs.shape[0] * inputs.shape[1]
     handle = block.output.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:
-        for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True):
+        for x, y, w in zip(inputs.split(BATCH), targets.split(BATCH), weights.split(BATCH), strict=True):
             block.attend(x)
             z = given.pop().reshape(-1, m).double()
             rest = y.reshape(len(z), -1).double() - z @ old.T
-            gram += z.T @ z
-            cross += z.T @ (rest if bias is None else rest - bias.double())
+            weighted = z.T * w.reshape(-1)
+            gram += weighted @ z
+            cross += weighted @ (rest if bias is None else rest - bias.double())
     finally:
         handle.remove()
     gram.diagonal().add_(_RIDGE * gram.trace() / tokens)
@@ -62,6 +65,7 @@ def refine(
     block: Block,
     inputs: States,
     targets: States,
+    weights: Tensor,
     *,
     head_dim: int,
     steps: int,
@@ -72,8 +76,8 @@ def refine(
 ) -> None:
     """A short training of W_q, W_k, W_v, W_o (and their biases) of this attention alone.
 
-    Loss: sum |o - y|^2 / sum |y|^2 of the batch, o the child's attention output on its own input, y the target at the
-    same layer. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate`
+    Loss: sum w |o - y|^2 / sum w |y|^2 of the batch, o the child's attention output on its own input, y the target at
+    the same layer, w (N, T) as `token_weights` gives them. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate`
     of its heads' root mean square singular value at the start, falling to zero along a cosine, so that one rate fits
     models of any scale. Nothing else of the model is in memory.
     """
@@ -97,8 +101,8 @@ def refine(
         if len(order) < BATCH:  # a new pass over the windows, in a new order
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         chosen, order = order[:BATCH], order[BATCH:]
-        y = targets[chosen]
-        loss = (block.attend(inputs[chosen]) - y).square().sum() / y.square().sum()
+        y, w = targets[chosen], weights[chosen.to(weights.device), :, None]
+        loss = (w * (block.attend(inputs[chosen]) - y).square()).sum() / (w * y.square()).sum()
         block.attention.zero_grad()
         loss.backward()
         for worker in (*optimisers, *schedules):

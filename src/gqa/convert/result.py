@@ -13,6 +13,7 @@ from typing import Any
 from gqa.config import ModelShape
 from gqa.convert.card import approximations, model_card
 from gqa.convert.job import Job
+from gqa.convert.journal import Journal
 from gqa.errors import GqaError
 from gqa.record import describe_versions, write_text_atomic
 from gqa.source import check_file, read_json
@@ -88,7 +89,7 @@ def describe(
     layers: Sequence[Mapping[str, Any]],
     identity: Mapping[str, Any],
     texts: Sequence[str],
-    measured: Mapping[str, Any] | None = None,
+    journal: Journal,
 ) -> dict[str, Any]:
     """The report: sizes before and after, what was lost on text that no fit has seen, and per layer what was done
     and lost.
@@ -112,7 +113,15 @@ def describe(
         "kv_dtype": DTYPE_NAMES.get(key.dtype, key.dtype),
         "kv_bytes_per_token_parent": _kv_bytes_per_token(job.parent, key),
         "kv_bytes_per_token": _kv_bytes_per_token(job.child, key),
-        "measured": measured,
+        "measured": journal.measured_distilled if journal.distilled else journal.measured,
+        **(
+            {
+                "distillation": {**journal.distilled, **identity["distillation"]},
+                "measured_before_distillation": journal.measured,
+            }
+            if journal.distilled
+            else {}
+        ),
         "layers": list(layers),
         "approximations": [*approximations(job.recipe, job.parent.kv_heads), *(() if job.exact else job.layout.notes)],
         "file": REPORT,

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,17 +20,19 @@ from gqa.convert.assemble import write_shards
 from gqa.convert.engine import Engine
 from gqa.convert.job import Job, plan_conversion
 from gqa.convert.journal import Journal, locked, work_folder
-from gqa.convert.memory import keeps_states_in_files, states_bytes
+from gqa.convert.memory import keeps_states_in_files, states_bytes, training_disk_bytes
 from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
 from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
-from gqa.convert.stored import StoredLayer, changed_tensors
+from gqa.convert.stored import StoredLayer, as_stored, changed_tensors
 from gqa.device import check_device
-from gqa.errors import GqaError
+from gqa.errors import GqaError, TrainingError
 from gqa.progress import Progress, silent
 from gqa.record import describe_versions
 from gqa.source import Source
 from gqa.units import format_seconds
+from gqa.weights.header import read_header
+from gqa.weights.reader import read_tensor
 from gqa.weights.writer import check_space, sync_folder, write_tensors
 
 
@@ -41,6 +43,8 @@ def convert(
     windows: np.ndarray | None = None,
     progress: Progress = silent,
     *,
+    distill: Distill | None = None,
+    distill_windows: np.ndarray | None = None,
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
     budget: float | None = None,
@@ -49,7 +53,9 @@ def convert(
     """Write the checkpoint of `source` with fewer KV heads to the folder OUT, which must not exist.
 
     windows: (N, recipe.window) token ids of calibration text, where the recipe wants any; texts: the names of the
-    files they came from, for the model card. budget: OUT is only made if the perplexity that the recipe measures is at
+    files they came from, for the model card. distill, distill_windows: for a recipe with distill_tokens, what trains
+    (`gqa.uptrain.distill_attentions`) and (recipe.distill_windows, recipe.distill_window) token ids to train on.
+    budget: OUT is only made if the perplexity that the recipe measures is at
     most 1 + budget times the parent's; the report's `within_budget` says whether it was. memory_bytes: what the process
     may take, by an estimate (by default what is free): memory holds one layer's tensors at a time, and the calibration
     activations unless they have to go to files. device: where the calculations run that are not mere pooling. Returns
@@ -64,18 +70,22 @@ def convert(
     check_device(device)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
+    distillation = _distillation(job, distill, distill_windows)
     if budget is not None and not recipe.measure_tokens:
         raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE, --measure 8k")
     _refuse_out_in_source(out, job.folder)
     try:
         # Another device gives other bits: what one has begun is not for another to go on with.
-        identity = job.identify(windows) | ({} if device == "cpu" or job.pooled else {"device": device})
+        identity = job.identify(windows, None if distillation is None else distillation.windows) | (
+            {} if device == "cpu" or job.pooled else {"device": device}
+        )
         if os.path.lexists(out):
             report = already_done(out, identity)
             _tidy(out, identity)
             return _judged(report, budget)
         in_files = keeps_states_in_files(job, memory_bytes, device)
         needed = job.peak_disk_bytes + small_bytes(job.folder) + (states_bytes(job) if in_files else 0)
+        needed += training_disk_bytes(job)
         check_space(out, needed - _bytes_in(work_folder(out)))
         with locked(out) as journal:
             if os.path.lexists(out):  # by a process that was at it when we looked first
@@ -83,11 +93,36 @@ def convert(
                 journal.discard()
                 return _judged(report, budget)
             calibration = _Calibration(windows, journal.states if in_files else None, device)
-            report = _work(job, journal, out, identity, calibration, progress, texts, budget)
+            report = _work(job, journal, out, identity, calibration, distillation, progress, texts, budget)
     except OSError as error:
         raise _disk_error(out, error) from None
     report = {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
     return _judged(report, budget)
+
+
+class Distill(Protocol):
+    """Trains all attentions of a child together, from those of `attention` on.
+
+    attention: the child's changed tensors by their names in the checkpoint; folder: for checkpoints, from which it
+    goes on when it is called again. Returns the trained tensors under the same names, and a report of the training.
+    """
+
+    def __call__(
+        self,
+        job: Job,
+        attention: Mapping[str, torch.Tensor],
+        windows: np.ndarray,
+        folder: Path,
+        *,
+        device: str,
+        progress: Progress,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distillation:
+    distill: Distill
+    windows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +141,7 @@ def _work(
     out: Path,
     identity: Mapping[str, Any],
     calibration: _Calibration,
+    distillation: _Distillation | None,
     progress: Progress,
     texts: Sequence[str],
     budget: float | None,
@@ -114,15 +150,21 @@ def _work(
     journal.begin({**identity, "modified": modified, "gqa": describe_versions().get("gqa")})
     try:
         reports = pooled_reports(job) if job.pooled else _convert_layers(job, journal, calibration, progress)
-        if not _judged({"measured": journal.measured}, budget).get("within_budget", True):
+        measured = journal.measured
+        if distillation is not None:
+            _distill(job, journal, calibration, distillation, progress)
+            measured = journal.measured_distilled
+        if not _judged({"measured": measured}, budget).get("within_budget", True):
             journal.discard()
-            return {"kv_heads": job.recipe.kv_heads, "measured": journal.measured}
+            return {"kv_heads": job.recipe.kv_heads, "measured": measured}
         hashes = write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
-        report = describe(job, reports, identity, texts, journal.measured)
+        report = describe(job, reports, identity, texts, journal)
         write_text_files(job, journal.result, report, out, identity, hashes)
         verify(job, journal.result)
         job.checkpoint.check_unchanged()
+    except TrainingError:
+        raise  # its last checkpoint is worth keeping
     except GqaError:
         journal.discard()  # it would only fail in the same way again
         raise
@@ -193,6 +235,51 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
     return journal.reports
 
 
+def _distill(
+    job: Job, journal: Journal, calibration: _Calibration, distillation: _Distillation, progress: Progress
+) -> None:
+    """Train the converted attentions together and measure the result, unless a former run has done so."""
+    if journal.distilled is None:
+        layers = {layer: read_header(journal.layer_path(layer)) for layer in job.changes}
+        attention = {name: read_tensor(file, name) for file in layers.values() for name in file.tensors}
+        trained, report = distillation.distill(
+            job, attention, distillation.windows, journal.training, device=calibration.device, progress=progress
+        )
+        for layer, entries in job.changes.items():
+            some = {entry.name: as_stored(job, entry.name, trained[entry.name]) for entry in entries}
+            write_tensors(journal.distilled_path(layer), some, {})
+        journal.finish_distilling(report)
+    if job.recipe.measure_tokens and journal.measured_distilled is None:
+        journal.finish_measuring_distilled(_measure_again(job, journal, calibration, progress))
+
+
+def _measure_again(job: Job, journal: Journal, calibration: _Calibration, progress: Progress) -> dict[str, Any]:
+    """Parent and distilled child compared on the windows that no fit has seen, one layer in memory at a time."""
+    assert calibration.windows is not None
+    only_measure = dataclasses.replace(
+        job.recipe.without_distillation, refit=False, refine_tokens=0, calibration_tokens=0
+    )
+    windows = calibration.windows[job.recipe.windows :]
+    engine = Engine(job.checkpoint, job.layout, job.source.config, only_measure, windows, device=calibration.device)
+    for layer in job.changes:
+        engine.replay(layer, job.layout.read_attention(StoredLayer(job, journal.layer_path(layer)), layer))
+        progress("compare with the parent", layer + 1, len(job.changes))
+    return engine.measure()
+
+
+def _distillation(job: Job, distill: Distill | None, windows: np.ndarray | None) -> _Distillation | None:
+    """What trains and its text, as the recipe says, or GqaError."""
+    if not job.distills:
+        return None
+    assert distill is not None, "a recipe with distill_tokens needs what trains"
+    recipe = job.recipe
+    shape = (recipe.distill_windows, recipe.distill_window)
+    if windows is None or windows.ndim != 2 or len(windows) < shape[0] or windows.shape[1] != shape[1]:
+        got = "none" if windows is None else f"an array of shape {windows.shape}"
+        raise GqaError("the windows of the distillation do not match the recipe", got=got, allowed=f"{shape}")
+    return _Distillation(distill, _checked_ids(job, windows[: shape[0]]))
+
+
 def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
     """The windows of text that the recipe uses: as many as it says, or GqaError."""
     recipe = job.recipe
@@ -202,7 +289,11 @@ def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:
     if windows is None or windows.ndim != 2 or windows.shape[1] != recipe.window or len(windows) < recipe.all_windows:
         got = "none" if windows is None else f"an array of shape {windows.shape}"
         raise GqaError("the calibration windows are not what the recipe says", got=got, allowed=wanted)
-    windows = np.ascontiguousarray(windows[: recipe.all_windows], dtype=np.int64)
+    return _checked_ids(job, windows[: recipe.all_windows])
+
+
+def _checked_ids(job: Job, windows: np.ndarray) -> np.ndarray:
+    windows = np.ascontiguousarray(windows, dtype=np.int64)
     vocab = job.checkpoint.shape(job.layout.embedding)[0]
     if windows.min() < 0 or windows.max() >= vocab:
         raise GqaError(

@@ -42,14 +42,24 @@ def distillation_loss(
     alone. Returns (loss, cross-entropy, KL or None), scalars; the latter two are detached. Hinton et al. 2015
     (arXiv 1503.02531) at temperature 1, as a converted model begins close to its parent.
     """
-    student = log_softmax(logits[:, :-1].flatten(0, 1), dim=-1, dtype=torch.float32)
-    entropy = cross_entropy(student, ids[:, 1:].flatten())  # of log-probabilities: they are their own log-softmax
+    rows = logits[:, :-1].flatten(0, 1)
+    if isinstance(teacher, torch.Tensor):
+        teacher = teacher[:, :-1].flatten(0, 1)
+    return rows_loss(rows, ids[:, 1:].flatten(), teacher, weight)
+
+
+def rows_loss(
+    logits: torch.Tensor, following: torch.Tensor, teacher: torch.Tensor | TopPredictions | None, weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`distillation_loss` of R predictions: logits (R, V), the tokens that followed (R,), teacher: logits (R, V)."""
+    student = log_softmax(logits, dim=-1, dtype=torch.float32)
+    entropy = cross_entropy(student, following)  # of log-probabilities: they are their own log-softmax
     if teacher is None:
         return entropy, entropy.detach(), None
     if isinstance(teacher, TopPredictions):
         student, target = _outcomes(student, teacher)
     else:
-        target = log_softmax(teacher[:, :-1].flatten(0, 1), dim=-1, dtype=torch.float32)
+        target = log_softmax(teacher, dim=-1, dtype=torch.float32)
     kl = kl_div(student, target, reduction="batchmean", log_target=True)
     return weight * kl + (1 - weight) * entropy, entropy.detach(), kl.detach()
 

@@ -19,7 +19,8 @@ from gqa.source import read_json
 from gqa.uptrain import teacher as teachers
 from gqa.uptrain.data import TrainingText
 from gqa.uptrain.folder import Job, begin, find_job, finish, read_report
-from gqa.uptrain.loop import Loop, micro_batch, use_half
+from gqa.uptrain.gap import measure_gap
+from gqa.uptrain.loop import Loop, WholeModel, micro_batch, recompute_activations, use_half
 from gqa.uptrain.parts import choose, write_back
 from gqa.uptrain.processes import Processes, processes
 from gqa.uptrain.settings import Settings
@@ -120,7 +121,16 @@ class _Run:
         weight = asked["distill_weight"]
         checkpoints = job.working / "checkpoints"
         with quiet_transformers():
-            loop = Loop(model, teacher, self.text, settings, weight, checkpoints, self.world, self.progress)
+            model.train()
+            if settings.gradient_checkpointing:
+                recompute_activations(model)
+            half = use_half(settings, model.device)
+            gap = None
+            if teacher is not None:
+                micro = micro_batch(settings, self.world)
+                gap = lambda: measure_gap(model, teacher, self.text, micro, self.world, half=half)  # noqa: E731
+            objective = WholeModel(model, teacher, weight, half)
+            loop = Loop(objective, self.text, settings, checkpoints, self.world, self.progress, gap=gap)
             trace = loop.run()
         report = self._report(asked, trace, loop.steps)
         result = self._result(model)
