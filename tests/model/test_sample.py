@@ -280,6 +280,6 @@ def test_fingerprints_tell_models_apart_and_not_their_dtypes(model):
 
 def test_a_model_with_one_id_for_the_end():
     settings = types.SimpleNamespace(eos_token_id=EOS)
-    assert sample._ends(types.SimpleNamespace(generation_config=settings), word_tokenizer(eos=None)) == {EOS}
-    assert sample._ends(types.SimpleNamespace(), word_tokenizer()) == {EOS}
-    assert sample._ends(talker(), word_tokenizer(eos=None)) == set(ENDS)
+    assert sample.text_ends(types.SimpleNamespace(generation_config=settings), word_tokenizer(eos=None)) == {EOS}
+    assert sample.text_ends(types.SimpleNamespace(), word_tokenizer()) == {EOS}
+    assert sample.text_ends(talker(), word_tokenizer(eos=None)) == set(ENDS)

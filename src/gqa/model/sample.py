@@ -102,7 +102,7 @@ def sample_windows(
     """
     sampling = _checked(temperature, top_p, seed, windows=windows, window_tokens=window_tokens, batch=batch)
     turns = _turns(tokenizer, chat)
-    begin, ends = _begin(tokenizer), _ends(model, tokenizer)
+    begin, ends = _begin(tokenizer), text_ends(model, tokenizer)
     if turns is not None and len(turns.start) >= window_tokens:
         raise GqaError(
             "the window has no room behind the chat template",
@@ -161,7 +161,7 @@ def sample_prompts(
     """
     sampling = _checked(temperature, top_p, seed, prompts=prompts, max_tokens=max_tokens, batch=batch)
     turns = _turns(tokenizer, chat)
-    begin, ends = _begin(tokenizer), _ends(model, tokenizer)
+    begin, ends = _begin(tokenizer), text_ends(model, tokenizer)
     made: list[list[int]] = []
     length = max_tokens + (len(turns.start) if turns is not None else len(begin))
     while len(made) < prompts:
@@ -272,7 +272,7 @@ def _begin(tokenizer: Any) -> tuple[int, ...]:
     raise GqaError("the tokenizer has no token for the beginning or the end of a text", allowed="a BOS or an EOS token")
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens after which a text is over: those that end generate(), and the tokenizer's."""
     settings = getattr(model, "generation_config", None)
     of_model = getattr(settings, "eos_token_id", None)
