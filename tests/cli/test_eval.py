@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,78 @@ def test_recall(model):
     assert all(row["parent_nats_per_answer_token"] == row["nats_per_answer_token"] for row in rows)
     with pytest.raises(GqaError, match="recall task is not known"):
         run(folder, "--text", text, "--recall", "needles")
+
+
+@pytest.fixture(scope="module")
+def talks(model, tmp_path_factory):
+    """The same model with a chat template."""
+    folder = tmp_path_factory.mktemp("talks") / "model"
+    shutil.copytree(model[0], folder)
+    template = "# ask\n{{ messages[0]['content'] }}\n# answer"
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_answers_to_prompts_of_the_parents_own(model, talks):
+    result = run(talks, "--parent", talks, "--answers", "5", "--answer-tokens", "6", "--json")
+    document = json.loads(result.stdout)
+    assert document["results"]["prompts"] == 5
+    assert document["results"]["answers_equal"] == 1
+    assert all(one["prompt"].startswith("# ask") for one in document["results"]["answer_examples"])
+    assert set(document["basis"]) == set(document["results"])
+    assert any("greedy" in line for line in document["assumptions"])
+    plain = json.loads(run(talks, "--parent", talks, "--answers", "3", "--no-chat", "--json").stdout)["results"]
+    assert not any("# ask" in one["prompt"] for one in plain["answer_examples"])
+    folder, text = model
+    shown = run(folder, "--parent", folder, "--answers", "4", "--text", text, "--tokens", "320").stdout
+    assert "greedy answers to 4 prompts, at most 64 tokens each" in shown
+    assert "cross-entropy" in shown
+    assert "right answers" not in shown
+
+
+def test_answers_to_a_file(model, talks, tmp_path):
+    folder, _ = model
+    asked = ["def f3(x):", "    return x + 5"]
+    (tmp_path / "q.txt").write_text("\n".join(asked))
+    plain = (folder, "--parent", folder, "--prompts", str(tmp_path / "q.txt"), "--answer-tokens", "20")
+    said = json.loads(run(*plain, "--json").stdout)["results"]["answer_examples"][0]["parent_answer"]
+    lines = [{"prompt": asked[0], "answers": ["nonsense", said]}, {"prompt": asked[1], "answer": "nonsense"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = (*plain[:4], str(tmp_path / "q.jsonl"), *plain[5:])
+    results = json.loads(run(*arguments, "--answers", "3", "--json").stdout)["results"]
+    assert (results["prompts"], results["questions"], results["parent_right_questions"]) == (5, 2, 1)
+    assert (results["right_answers"], results["right_answers_kept"]) == (0.5, 1)
+    shown = run(*arguments, "--gate", "right_answers_kept>=0.9", "--gate", "answers_kl_nats<=0.1").stdout
+    assert "kept of the parent's 1 right answers" in shown
+    assert shown.count("passed:") == 2
+    assert run(*arguments, "--gate", "right_answers>0.6").return_value == 1
+    chats = json.loads(run(talks, "--parent", talks, "--prompts", str(tmp_path / "q.txt"), "--json").stdout)["results"]
+    assert chats["answer_examples"][0]["prompt"] == "# ask\ndef f3(x):\n# answer"
+
+
+def test_mistakes_about_answers(model, talks, tmp_path):
+    folder, text = model
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"answer": "y"}\n')
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for arguments, word in (
+        (("--answers", "3"), "compared with those of the parent"),
+        (("--parent", folder, "--answers", "0"), "not positive"),
+        (("--parent", folder, "--answers", "3", "--chat"), "no chat template"),
+        (("--parent", folder, "--prompts", str(tmp_path / "empty.txt")), "no prompts"),
+        (("--parent", folder, "--prompts", str(tmp_path / "bad.jsonl")), "line 2"),
+        (("--parent", str(other), "--answers", "3"), "another tokenizer"),
+        (("--parent", folder, "--text", text, "--gate", "answers_equal>0.5"), "answers that are not compared"),
+        (("--parent", folder, "--answers", "2", "--gate", "right_answers_kept>0.5"), "not measured"),
+        (("--parent", folder, "--answers", "2", "--gate", "perplexity<9"), "no text to measure on"),
+    ):
+        with pytest.raises(GqaError, match=word):
+            run(folder, *arguments)
 
 
 @pytest.mark.parametrize("name", ["eval", "uptrain"])

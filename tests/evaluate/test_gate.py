@@ -67,3 +67,19 @@ def test_a_gate_of_a_task_that_did_not_run():
     assert caught.value.allowed == "sums:acc, my-task.v2:acc_norm"
     assert parse_gate("sums:acc>=0.98*parent").needs_parent
     assert not parse_gate("sums:acc>0.5").needs_parent
+
+
+ANSWERS = {"answers_equal": 0.6, "right_answers": 0.4, "parent_right_answers": 0.5, "right_answers_kept": None}
+
+
+def test_gates_of_answers():
+    assert parse_gate("answers_equal>=0.5").check(ANSWERS)["passed"]
+    assert not parse_gate("right_answers>=90%*parent").check(ANSWERS)["passed"]
+    assert parse_gate("right_answers>=0.3").needs_parent  # answers are always measured beside the parent's
+    assert (parse_gate("answers_equal>0").of_answers, parse_gate("answers_equal>0").of_text) == (True, False)
+    assert (parse_gate("perplexity<9").of_answers, parse_gate("perplexity<9").of_text) == (False, True)
+    with pytest.raises(GqaError, match="was not measured") as caught:
+        parse_gate("right_answers_kept>=0.8").check(ANSWERS)
+    assert caught.value.allowed == "answers_equal, right_answers"
+    with pytest.raises(GqaError, match="not understood"):
+        parse_gate("answers_equal>=0.9*parent")

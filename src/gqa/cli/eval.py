@@ -23,12 +23,22 @@ _OF_TASKS = (
     "a jackknife.",
 )
 
+_OF_ANSWERS = (
+    "Answers are greedy: the likeliest token each time; standard errors are over prompts.",
+    "KL and the same first choice are over the parent's answers, which both models read.",
+    "An answer repeats itself if its end is an n-gram, 3 times or more in a row over 8 tokens or more, or if it has 8 "
+    "4-grams or more and fewer than half of them are different.",
+    "An answer is right if the right one stands in it as a whole word, in any case.",
+)
+
 _EXAMPLES = """
 gqa eval ./my-gqa-model --text book.txt
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model --gate "perplexity<=1.02*parent"
 gqa eval ./my-gqa-model --text a.txt --text b.txt --window 4k --tokens 256k --positions
 gqa eval ./my-gqa-model --text book.txt --parent ./my-mha-model --recall passkey,hops --lengths 1k,4k
+gqa eval ./my-gqa-model --parent ./my-mha-model --answers 100 --gate "answers_equal>=0.5"
+gqa eval ./my-gqa-model --parent ./my-mha-model --prompts questions.jsonl --gate "right_answers_kept>=0.9"
 gqa eval ./my-gqa-model --parent ./my-mha-model --tasks mine --include-path ./tasks --gate "mine:acc>=0.98*parent"
 """
 
@@ -54,6 +64,25 @@ gqa eval ./my-gqa-model --parent ./my-mha-model --tasks mine --include-path ./ta
 @click.option("--lengths", metavar="TOKENS,...", help="Contexts for --recall.  [default: the window]")
 @click.option("--depths", metavar="SHARE,...", default="0,0.5,1", show_default=True, help="Where in them.")
 @click.option("--samples", type=int, default=32, show_default=True, help="Items of each task, length and depth.")
+@click.option(
+    "--answers",
+    type=int,
+    metavar="N",
+    help="Also compare the answers of MODEL and --parent to N prompts that the parent writes: questions where there is "
+    "a chat template, else beginnings of texts (of --text where given).",
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='Compare answers to the prompts of a file: one per line, or .jsonl lines {"prompt": ...}, with an "answer" '
+    "where right answers are to be counted.",
+)
+@click.option("--answer-tokens", metavar="N", default="64", show_default=True, help="Tokens of an answer at most.")
+@click.option(
+    "--chat/--no-chat", default=None, help="Prompts in the chat template or without.  [default: where there is one]"
+)
 @click.option("--tasks", metavar="NAME,...", help="Also run these tasks of lm-evaluation-harness (gqa[eval]).")
 @click.option(
     "--include-path",
@@ -78,6 +107,10 @@ def command(
     lengths: str | None,
     depths: str,
     samples: int,
+    answers: int | None,
+    prompts_file: Path | None,
+    answer_tokens: str,
+    chat: bool | None,
     tasks: str | None,
     include_path: Path | None,
     limit: int | None,
@@ -88,20 +121,25 @@ def command(
 
     The loss above the parent is a paired difference: both models read the same windows, so its standard error is far
     smaller than those of the two perplexities. A gate is a condition such as "perplexity<=1.02*parent",
-    "top1_agreement>=95%" or, of a task's metric, "hellaswag:acc_norm>=0.98*parent". Tasks run through this package's
-    attention.
+    "top1_agreement>=95%", "answers_equal>=0.5" or, of a task's metric, "hellaswag:acc_norm>=0.98*parent". Tasks and
+    answers run through this package's attention.
     """
     from gqa.config import parse_config
     from gqa.evaluate.gate import parse_gate
     from gqa.source import open_checkpoint
-    from gqa.text import load_tokenizer, read_text, token_windows
+    from gqa.text import load_tokenizer, read_prompts, read_text, token_windows
 
     conditions = [parse_gate(text) for text in gates]
     if parent is None and (unmet := [gate.text for gate in conditions if gate.needs_parent]):
         raise GqaError("a gate compares with the parent", got=unmet[0], hint="--parent MODEL")
-    if not texts and not tasks:
-        raise GqaError("nothing to measure on", hint="--text FILE, --tasks NAME or both")
-    needs_text = ["--recall"] * (recall is not None) + [gate.text for gate in conditions if not gate.task]
+    asks = answers is not None or prompts_file is not None
+    if not texts and not tasks and not asks:
+        raise GqaError("nothing to measure on", hint="--text FILE, --tasks NAME, --answers N or --prompts FILE")
+    if asks and parent is None:
+        raise GqaError("answers are compared with those of the parent", hint="--parent MODEL")
+    if not asks and (unmet := [gate.text for gate in conditions if gate.of_answers]):
+        raise GqaError("a gate asks for answers that are not compared", got=unmet[0], hint="--answers N")
+    needs_text = ["--recall"] * (recall is not None) + [gate.text for gate in conditions if gate.of_text]
     if not texts and needs_text:
         raise GqaError("there is no text to measure on", got=needs_text[0], hint="--text FILE")
     if not tasks and (unmet := [gate.text for gate in conditions if gate.task]):
@@ -117,10 +155,18 @@ def command(
     windows = None if text is None else token_windows(text, tokenizer, length, count, seed)
     contexts = [parse_tokens(part) for part in lengths.split(",")] if lengths else [length]
     places = [parse_share(part) for part in depths.split(",")]
+    most = parse_tokens(answer_tokens)
+    read = read_prompts(prompts_file) if prompts_file else []
+    parent_tokenizer = load_tokenizer(parent_source.folder) if asks and parent_source and parent_source.folder else None
 
     from gqa.evaluate import evaluate, load_model
+    from gqa.evaluate.answers import compare_answers
+    from gqa.evaluate.prompts import check_same_tokenizer, file_prompts, own_prompts
     from gqa.evaluate.recall import recall as measure_recall
 
+    if parent_tokenizer is not None:
+        check_same_tokenizer(tokenizer, parent_tokenizer)
+    ids = file_prompts(parent_tokenizer, read, chat=chat) if parent_tokenizer is not None else []
     asked = None
     if tasks:
         from gqa.evaluate.harness import Tasks
@@ -145,6 +191,16 @@ def command(
                 parent=loaded_parent,
                 progress=progress,
             )
+        if parent_tokenizer is not None and loaded_parent is not None:
+            right = [prompt.answers for prompt in read]
+            if answers is not None:
+                own = own_prompts(
+                    loaded_parent, parent_tokenizer, answers, chat=chat, windows=windows, seed=seed, progress=progress
+                )
+                ids, right = [*own, *ids], [()] * len(own) + right
+            results |= compare_answers(
+                loaded, loaded_parent, parent_tokenizer, ids, right=right, max_tokens=most, progress=progress
+            ).to_dict()
         if asked is not None:
             beside = None
             if loaded_parent is not None and parent_source and parent_source.folder:
@@ -168,13 +224,17 @@ def command(
             "lengths": contexts if recall else None,
             "depths": places if recall else None,
             "samples": samples if recall else None,
+            "answers": answers,
+            "prompts_file": prompts_file and str(prompts_file),
+            "answer_tokens": most if asks else None,
+            "chat": chat if asks else None,
             "tasks": tasks,
             "include_path": include_path,
             "limit": limit,
             "gates": list(gates),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
-        assumptions = (_OF_TEXT if texts else ()) + (_OF_TASKS if tasks else ())
+        assumptions = (_OF_TEXT if texts else ()) + (_OF_ANSWERS if asks else ()) + (_OF_TASKS if tasks else ())
         versions = describe_versions(*(["lm_eval"] if tasks else []))
         basis = dict.fromkeys(results, "measured")
         output.record(Record("eval", inputs, results, basis, assumptions, versions=versions))

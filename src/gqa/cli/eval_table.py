@@ -12,6 +12,8 @@ def show(results: Mapping[str, Any], name: str) -> None:
     """Print what was measured: on text, on tasks, and what the gates say."""
     if "windows" in results:
         _text(results, name)
+    if "answers_equal" in results:
+        _answers(results, name)
     if "tasks" in results:
         output.table([_task(row) for row in results["tasks"]], title=f"{name}: measured with lm-evaluation-harness")
         paired = "; p: a sign-flip test, document by document" if "p_value" in results["tasks"][0] else ""
@@ -64,6 +66,47 @@ def _text(results: Mapping[str, Any], name: str) -> None:
     if "recall" in results:
         output.table([_recall(row) for row in results["recall"]], title="\nrecall of what is hidden in the text")
     output.data("standard errors are over windows; text that the model was trained on flatters it")
+
+
+def _answers(results: Mapping[str, Any], name: str) -> None:
+    limit = results["answer_tokens_limit"]
+    rows = [
+        _figure("answers equal to the parent's", results, "answers_equal"),
+        _figure("tokens before the answers part", results, "common_prefix_tokens", ".1f"),
+        _figure("... as a share of the parent's answer", results, "common_prefix_share"),
+        _figure("KL from the parent on its answers, nats per token", results, "answers_kl_nats", ".4f"),
+        _figure("same first choice as the parent there", results, "answers_top1_agreement"),
+        _figure("answers that repeat themselves", results, "degenerate_answers"),
+        _figure("... of the parent's", results, "parent_degenerate_answers"),
+    ]
+    if results["questions"]:
+        rows += [
+            _figure(f"right answers to {results['questions']} questions", results, "right_answers"),
+            _figure("... of the parent", results, "parent_right_answers"),
+        ]
+    if results["parent_right_questions"]:
+        kept = f"kept of the parent's {results['parent_right_questions']} right answers"
+        rows.append(_figure(kept, results, "right_answers_kept"))
+    output.table(rows, title=f"{name}: greedy answers to {results['prompts']} prompts, at most {limit} tokens each")
+    output.data("standard errors are over prompts")
+    for example in results["answer_examples"]:
+        output.data(f"\nprompt: {_one_line(example['prompt'], end=True)}")
+        output.data(f"parent: {_one_line(example['parent_answer'])}")
+        output.data(f"model:  {_one_line(example['answer'])}")
+
+
+def _figure(title: str, results: Mapping[str, Any], name: str, form: str = ".1%") -> dict[str, str]:
+    error = results["answers_kl_standard_error_nats" if name == "answers_kl_nats" else f"{name}_standard_error"]
+    shown = "" if error is None else format(error, form)
+    return {"figure": title, "value": format(results[name], form), "standard error": shown}
+
+
+def _one_line(text: str, *, end: bool = False, most: int = 200) -> str:
+    """A text without line ends, cut to its beginning or its end."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    return f"... {line[-most:]}" if end else f"{line[:most]} ..."
 
 
 def _position(row: Mapping[str, Any]) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -73,6 +74,21 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def our_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode and with attn_implementation="gqa" meanwhile, then as it was before. Raises GqaError where
+    it cannot run our attention."""
+    before: Any = model.config.get_text_config(decoder=True)._attn_implementation
+    training = model.training
+    use_attention(model, hf.NAME)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(before)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> torch.Tensor:
     """Token ids (1, T) of a prompt; with `chat`, as a user's turn in the model's own chat template.
 
@@ -84,21 +100,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     except UnicodeEncodeError as error:  # Python lets bytes that are not UTF-8 through from the command line
         raise GqaError("the prompt is not text", got=str(error), allowed="UTF-8") from None
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise GqaError("this model has no chat template", hint="leave out --chat")
-        from jinja2 import TemplateError
-
-        turns = [{"role": "user", "content": prompt}]
-        try:
-            encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise GqaError("the model's chat template fails", got=str(error), hint="leave out --chat") from None
-        ids = encoded["input_ids"]
+        ids = tokenizer.encode(chat_text(tokenizer, prompt), add_special_tokens=False, verbose=False)
     else:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise GqaError("the prompt has no tokens", got=repr(prompt))
     return torch.tensor([ids])
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, words: str) -> str:
+    """The model's chat template with these words as a user's turn, up to where the answer begins.
+
+    Raises GqaError for a model without a template or with a broken one.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise GqaError("this model has no chat template", hint="leave out --chat")
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": words}]
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise GqaError("the model's chat template fails", got=str(error), hint="leave out --chat") from None
+    return text
 
 
 def generate(
