@@ -85,8 +85,9 @@ def command(
 
     import torch
 
-    from gqa.evaluate.load import load_model, quiet_transformers
+    from gqa.evaluate.load import load_model
     from gqa.model.generate import Sampling, encode_prompt, generate, use_attention
+    from gqa.quiet import quiet_transformers
 
     sampling = Sampling(temperature, top_p, seed)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
