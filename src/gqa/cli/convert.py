@@ -145,6 +145,9 @@ def command(
 ) -> None:
     """Write the checkpoint MODEL with fewer KV heads to the new folder OUT.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
+    GGUF weights are dequantised to bf16 first, once, and kept in the cache folder ($GQA_CACHE, or ~/.cache/gqa).
+
     svd, the default, keeps the best shared subspace of each group of heads; with --calibrate it weighs every error
     by what the text makes of it, and --refine takes back most of what is then left. mean, first and random are the
     published baselines. A run that was stopped goes on when the same command is given again.
@@ -154,12 +157,11 @@ def command(
     from gqa.convert.effort import seconds_estimate
     from gqa.convert.job import plan_conversion
     from gqa.device import check_device, default_device
-    from gqa.source import open_checkpoint
     from gqa.text import read_text
 
     device = device or default_device()
     check_device(device)
-    source = open_checkpoint(model)
+    source = output.open_checkpoint(model)
     memory_bytes = parse_bytes(memory) if memory else None
     context = parse_config(source.config, source.name).context or _WINDOW
     refine_tokens = parse_tokens(refine) if refine else 0

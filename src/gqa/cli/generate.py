@@ -64,8 +64,9 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT with MODEL, a folder or a hub id. The text goes to stdout as it comes, what it took to stderr.
+    """Continue PROMPT with MODEL. The text goes to stdout as it comes, what it took to stderr.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
     The prompt "-" reads standard input, less one line end at its end. Ctrl-C ends the text where it is.
     """
     if cache and attention != "gqa":
@@ -75,10 +76,9 @@ def command(
         prompt = _read_stdin()
 
     from gqa.config import parse_config
-    from gqa.source import open_checkpoint
     from gqa.text import load_tokenizer
 
-    source = open_checkpoint(model)
+    source = output.open_checkpoint(model)
     assert source.folder is not None
     shape = parse_config(source.config, source.name)
     tokenizer = load_tokenizer(source.folder)

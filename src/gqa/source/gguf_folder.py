@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from typing import Any
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.quiet import quiet_transformers
+from gqa.record import write_text_atomic
 from gqa.source.files import check_file
 from gqa.source.gguf_config import config_of
-from gqa.source.gguf_header import read_gguf
+from gqa.source.gguf_header import GgufHeader, read_gguf
 from gqa.source.legacy import write_legacy_keys
 from gqa.storage import cache_folder, publish
 
@@ -40,7 +42,8 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
     second process waits for the first. Raises GqaError for a file that is damaged or not understood, without the gguf
     package, and where the cache folder cannot be written.
     """
-    config = config_of(read_gguf(path))
+    header = read_gguf(path)
+    config_of(header)  # before anything is written, all that it refuses
     state = _state(path)
     folder = cache_folder() / _name(path, _sha256(path))
     if folder.is_dir():
@@ -53,7 +56,7 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
         working = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(working, ignore_errors=True)  # of a process that was killed
         try:
-            _convert(path, config, working, progress)
+            _convert(header, working, progress)
             if _state(path) != state:
                 raise GqaError("the GGUF file changed while it was read", got=path, hint="give the command again")
             publish(working / "model", folder)
@@ -64,8 +67,9 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
     return folder
 
 
-def _convert(path: Path, config: dict[str, Any], working: Path, progress: Progress) -> None:
+def _convert(header: GgufHeader, working: Path, progress: Progress) -> None:
     """Write `working`/model."""
+    path, config = header.path, config_of(header)
     # In a folder of its own, so that transformers sees this file and none that lies beside it.
     (working / "file").mkdir(parents=True)
     (working / "file" / _LINK).symlink_to(path.resolve())
@@ -85,6 +89,7 @@ def _convert(path: Path, config: dict[str, Any], working: Path, progress: Progre
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     write_legacy_keys(folder)
+    _drop_tokens_from(header.lengths["tokenizer.ggml.tokens"], folder / "tokenizer.json")
     for file in folder.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -95,7 +100,7 @@ def _load(folder: Path, config: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=_LINK,
         config=AutoConfig.for_model(**config),
@@ -105,6 +110,7 @@ def _load(folder: Path, config: dict[str, Any]) -> Any:
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, report = loaded
     if wrong := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]))):
         raise ValueError(f"{len(wrong)} tensors do not fit the model, the first {wrong[0]}")
     return model
@@ -116,6 +122,14 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=_LINK)
     tokenizer.model_max_length = config["max_position_embeddings"]
     return tokenizer
+
+
+def _drop_tokens_from(count: int, path: Path) -> None:
+    """Drop added tokens that the file does not have: the class of tokenizer that transformers builds adds one of its
+    own (<|endoftext|>), which may have no row in the embedding."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < count]
+    write_text_atomic(path, json.dumps(tokenizer, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gqa.errors import GqaError
 from gqa.source.files import check_file
@@ -30,6 +30,7 @@ BLOCKS = {
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY, _UINT32 = 8, 9, 4
+_ALIGNMENTS = [1 << power for power in range(3, 21)]
 
 # Far above any real file; below what would take long to read, or much memory to hold.
 _MAX_KEYS, _MAX_TENSORS, _MAX_ELEMENTS, _MAX_NAME, _MAX_TEXT = 10_000, 200_000, 10_000_000, 1000, 100_000
@@ -75,9 +76,11 @@ class _Reader:
             raise self.broken(f"version {version}", "2 or 3, little-endian")
         tensors = self.count("tensors", _MAX_TENSORS, _SMALLEST_TENSOR)
         keys = self.count("metadata keys", _MAX_KEYS, _SMALLEST_KEY)
-        metadata, lengths, alignment = {}, {}, 32
+        metadata: dict[str, Any] = {}
+        lengths: dict[str, int] = {}
+        alignment: Any = 32
         for _ in range(keys):
-            key, kind = self.text(_MAX_NAME, "a key"), self.scalar("I")
+            key, kind = self.name("a key"), self.scalar("I")
             if key in metadata or key in lengths:
                 raise self.broken(f"{key} twice")
             if kind == _ARRAY:
@@ -85,16 +88,16 @@ class _Reader:
             elif (value := self.value(key, kind)) is not None:
                 metadata[key] = value
             if key == "general.alignment":
-                alignment = metadata.get(key) if kind == _UINT32 else 0
-                if alignment not in (1 << power for power in range(3, 21)):
-                    raise self.broken(f"an alignment of {metadata.get(key)}", "a power of 2 from 8 to 1048576")
+                alignment = metadata.get(key)
+                if kind != _UINT32 or alignment not in _ALIGNMENTS:
+                    raise self.broken(f"an alignment of {alignment}", "a power of 2 from 8 to 1048576")
         shapes, types = self.tensors(tensors, alignment)
         return GgufHeader(self.path, metadata, lengths, shapes, types)
 
     def tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         shapes, types, end = {}, {}, 0
         for _ in range(count):
-            name, dimensions = self.text(_MAX_NAME, "a tensor name"), self.scalar("I")
+            name, dimensions = self.name("a tensor name"), self.scalar("I")
             if not 1 <= dimensions <= 4:
                 raise self.broken(f"tensor {name} of {dimensions} dimensions", "1 to 4")
             shape = tuple(self.scalar("Q") for _ in range(dimensions))  # innermost first, as ggml has it
@@ -121,7 +124,8 @@ class _Reader:
 
     def value(self, key: str, kind: int) -> int | float | bool | str | None:
         if kind == _TEXT:
-            return self.text(_MAX_TEXT, key, skip_longer=True)
+            length = self.scalar("Q")
+            return self.text(length, key) if length <= _MAX_TEXT else self.skip(length)
         if kind not in _SCALARS:
             raise self.broken(f"{key} of type {kind}", "a scalar, a text or an array")
         value = self.scalar(_SCALARS[kind])
@@ -148,22 +152,23 @@ class _Reader:
             raise self.broken(f"a file of {self.size} bytes that claims {count} {what}", f"at most {most}, in the file")
         return count
 
-    def text(self, most: int, what: str, skip_longer: bool = False) -> str | None:
+    def name(self, what: str) -> str:
+        """A key or the name of a tensor."""
         length = self.scalar("Q")
-        if length > most and skip_longer:
-            self.skip(length)
-            return None
-        if length > most:
-            raise self.broken(f"{what} of {length} bytes", f"at most {most}")
+        if length > _MAX_NAME:
+            raise self.broken(f"{what} of {length} bytes", f"at most {_MAX_NAME}")
+        name = self.text(length, what)
+        if not name.isprintable():  # it ends up in messages on a terminal
+            raise self.broken(f"{what} that is {name[:80]!a}", "printable characters")
+        return name
+
+    def text(self, length: int, what: str) -> str:
         try:
-            text = self.take(length).decode("utf-8")
+            return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
             raise self.broken(f"{what} that is not UTF-8") from None
-        if most == _MAX_NAME and not text.isprintable():  # it ends up in messages on a terminal
-            raise self.broken(f"{what} that is {text[:80]!a}", "printable characters")
-        return text
 
-    def scalar(self, form: str):
+    def scalar(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]
 
     def take(self, count: int) -> bytes:

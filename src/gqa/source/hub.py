@@ -16,12 +16,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASC
 
 def download(model: str, patterns: tuple[str, ...]) -> Path:
     """The local snapshot of a hub repository with the files that match."""
-    from huggingface_hub import errors, snapshotdownload
+    from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = model.partition("@")
     try:
         # Unlike hf_hubdownload, which retries for 20 s, this says at once that there is no network.
-        return Path(snapshotdownload(repository, revision=revision or None, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise GqaError(
             "the hub does not give this model",
