@@ -158,7 +158,13 @@ def test_no_such_file_and_a_folder_of_that_name(tmp_path, opener):
 MODELS = {
     "experts": ({"llama__expert_count": 8}, "llama.expert_count"),
     "scaled rotary embedding": ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type"),
-    "Llama 3's rotary factors": ({"rope_freqs__weight": np.ones(4, np.float32)}, "tensor rope_freqs.weight"),
+    "rotary factors of its own": ({"rope_freqs__weight": np.full(4, 2, np.float32)}, "tensor rope_freqs.weight"),
+    "rotary factors that are no numbers": (
+        {"rope_freqs__weight": np.full(4, np.nan, np.float32)},
+        "tensor rope_freqs.weight",
+    ),
+    "rotary factors of too many pairs": ({"rope_freqs__weight": np.ones(8, np.float32)}, "tensor rope_freqs.weight"),
+    "rotary factors in half precision": ({"rope_freqs__weight": np.ones(4, np.float16)}, "tensor rope_freqs.weight"),
     "a window": ({"llama__attention__sliding_window": 64}, "llama.attention.sliding_window"),
     "a key of tomorrow": ({"llama__attention__new": 1.5}, "llama.attention.new"),
     "a list of tomorrow": ({"llama__new": [1, 2]}, "llama.new"),

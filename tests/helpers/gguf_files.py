@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 BYTES = list(bytes_to_unicode().values())
 TOKENS = [*BYTES, "he", "Ġt", "<|start|>", "<|end|>"]
@@ -61,7 +62,7 @@ def write_gguf(path: Path, model: Any, kind: str = "F32", **keys: Any) -> Path:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if name == "qwen3":
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     writer.add_tokenizer_model("gpt2")
@@ -75,6 +76,10 @@ def write_gguf(path: Path, model: Any, kind: str = "F32", **keys: Any) -> Path:
         _add(writer, key.replace("__", "."), value)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[name], config.num_hidden_layers)
     wanted = gguf.GGMLQuantizationType[kind]
+    if config.rope_parameters["rope_type"] == "llama3":
+        rotary = LlamaRotaryEmbedding(config)
+        plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / rotary.inv_freq).numpy())
     for own, tensor in model.state_dict().items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
             continue

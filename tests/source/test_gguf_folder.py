@@ -19,10 +19,19 @@ from gqa.evaluate.load import load_model
 from gqa.source import gguf_folder, open_checkpoint, open_source
 from gqa.text import load_tokenizer
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 MODELS = {
     "llama": ("llama", {}),
     "llama with one embedding": ("llama", {"tie_word_embeddings": True}),
     "llama of many heads": ("llama", {"num_key_value_heads": 8}),
+    "llama 3.1": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
 }
@@ -132,7 +141,7 @@ def test_files_beside_it_are_not_read(tmp_path):
 
 
 def fake_conversion(made, until=None):
-    def convert(header, working, progress):
+    def convert(header, config, working, progress):
         (working / "model").mkdir(parents=True)
         (working / "model" / "half").write_text("")
         made.append(working)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gqa.errors import GqaError
 from gqa.source.gguf_header import GgufHeader
+from gqa.source.gguf_rope import rope_parameters
 
 # GGUF key after the architecture's name -> config.json key.
 _NUMBERS = {
@@ -38,9 +39,11 @@ _TOKENS = {
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
 
-# Tensor -> its sizes: V vocabulary, d hidden, f intermediate, D head dim, q and k all query and all KV heads' rows.
+# Tensor -> its sizes: V vocabulary, d hidden, f intermediate, D head dim, r half of it, q and k all query and all KV
+# heads' rows.
 _OUTER = {"token_embd.weight": "Vd", "output_norm.weight": "d"}
-_OUTPUT = {"output.weight": "Vd"}  # absent where the embedding is used again
+# Absent where the embedding is used again, and where the rotary frequencies are not scaled.
+_OPTIONAL = {"output.weight": "Vd", "rope_freqs.weight": "r"}
 _LAYER = {
     "attn_norm.weight": "d",
     "attn_q.weight": "qd",
@@ -122,7 +125,7 @@ class _Config:
             "vocab_size": vocabulary,
             "hidden_act": "silu",
             "rms_norm_eps": self.decimal(_NORM),
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.decimal(_BASE, 10000.0)},
+            "rope_parameters": self.rope(head_dim),
             "tie_word_embeddings": "output.weight" not in self.header.shapes,
             **{own: self.token(key, vocabulary) for key, own in _TOKENS.items()},
             "dtype": "bfloat16",
@@ -158,11 +161,12 @@ class _Config:
             "d": numbers["hidden_size"],
             "f": numbers["intermediate_size"],
             "D": head_dim,
+            "r": head_dim // 2,
             "q": numbers["num_attention_heads"] * head_dim,
             "k": numbers["num_key_value_heads"] * head_dim,
         }
         of_layer = {**_LAYER, **self.architecture.tensors}
-        wanted = {**_OUTER, **(_OUTPUT if "output.weight" in shapes else {})}
+        wanted = _OUTER | {name: letters for name, letters in _OPTIONAL.items() if name in shapes}
         wanted |= {f"blk.{i}.{name}": letters for i in range(layers) for name, letters in of_layer.items()}
         for name, letters in wanted.items():
             shape = tuple(sizes[letter] for letter in letters)
@@ -171,6 +175,18 @@ class _Config:
         if more := sorted(set(shapes) - set(wanted)):
             raise self.error(f"tensor {more[0]}", "not understood", f"the tensors of a plain {self.name} model")
         return vocabulary
+
+    def rope(self, head_dim: int) -> dict[str, Any]:
+        name, base = "rope_freqs.weight", self.decimal(_BASE, 10000.0)
+        factors = None
+        if name in self.header.shapes:
+            if self.header.types[name] != "F32":
+                raise self.error(f"tensor {name}", self.header.types[name], "F32")
+            factors = self.header.floats(name)
+        found = rope_parameters(base, head_dim, factors)
+        if found is None:
+            raise self.error(f"tensor {name}", factors, "the factors of Llama 3.1 to 3.3")
+        return found
 
     def value(self, key: str) -> Any:
         full = f"{self.name}.{key}"

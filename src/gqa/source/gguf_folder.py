@@ -43,7 +43,7 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
     package, and where the cache folder cannot be written.
     """
     header = read_gguf(path)
-    config_of(header)  # before anything is written, all that it refuses
+    config = config_of(header)
     state = _state(path)
     folder = cache_folder() / _name(path, _sha256(path))
     if folder.is_dir():
@@ -56,7 +56,7 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
         working = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(working, ignore_errors=True)  # of a process that was killed
         try:
-            _convert(header, working, progress)
+            _convert(header, config, working, progress)
             if _state(path) != state:
                 raise GqaError("the GGUF file changed while it was read", got=path, hint="give the command again")
             publish(working / "model", folder)
@@ -67,9 +67,9 @@ def dequantised_folder(path: Path, progress: Progress = silent) -> Path:
     return folder
 
 
-def _convert(header: GgufHeader, working: Path, progress: Progress) -> None:
+def _convert(header: GgufHeader, config: dict[str, Any], working: Path, progress: Progress) -> None:
     """Write `working`/model."""
-    path, config = header.path, config_of(header)
+    path = header.path
     # In a folder of its own, so that transformers sees this file and none that lies beside it.
     (working / "file").mkdir(parents=True)
     (working / "file" / _LINK).symlink_to(path.resolve())

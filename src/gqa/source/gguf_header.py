@@ -40,13 +40,22 @@ _SMALLEST_KEY, _SMALLEST_TENSOR = 13, 32  # bytes
 @dataclasses.dataclass(frozen=True)
 class GgufHeader:
     """metadata: scalars and texts by key (texts above 100,000 bytes are left out); lengths: of arrays, by key;
-    shapes: of tensors, outermost dimension first; types: of tensors, as BLOCKS names them."""
+    shapes: of tensors, outermost dimension first; types: of tensors, as BLOCKS names them; starts: where in the file
+    each begins."""
 
     path: Path
     metadata: Mapping[str, int | float | bool | str]
     lengths: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
+    starts: Mapping[str, int]
+
+    def floats(self, name: str) -> list[float]:
+        """The numbers of a small tensor of type F32."""
+        count = math.prod(self.shapes[name])
+        with self.path.open("rb") as stream:
+            stream.seek(self.starts[name])
+            return list(struct.unpack(f"<{count}f", stream.read(4 * count)))
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -91,11 +100,11 @@ class _Reader:
                 alignment = metadata.get(key)
                 if kind != _UINT32 or alignment not in _ALIGNMENTS:
                     raise self.broken(f"an alignment of {alignment}", "a power of 2 from 8 to 1048576")
-        shapes, types = self.tensors(tensors, alignment)
-        return GgufHeader(self.path, metadata, lengths, shapes, types)
+        return GgufHeader(self.path, metadata, lengths, *self.tensors(tensors, alignment))
 
-    def tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-        shapes, types, end = {}, {}, 0
+    def tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
+        """Shapes, types and starts."""
+        shapes, types, offsets, end = {}, {}, {}, 0
         for _ in range(count):
             name, dimensions = self.name("a tensor name"), self.scalar("I")
             if not 1 <= dimensions <= 4:
@@ -116,11 +125,11 @@ class _Reader:
             if offset != begin:
                 raise self.broken(f"tensor {name} begins at {offset}", f"{begin}, after the one before it")
             end = begin + math.prod(shape) // per_block * block_bytes
-            shapes[name] = shape[::-1]
+            shapes[name], offsets[name] = shape[::-1], offset
         data = -(-self.position // alignment) * alignment
         if data + end > self.size:
             raise self.truncated(data + end)
-        return shapes, types
+        return shapes, types, {name: data + offset for name, offset in offsets.items()}
 
     def value(self, key: str, kind: int) -> int | float | bool | str | None:
         if kind == _TEXT:
