@@ -42,8 +42,9 @@ from gqa.evaluate import load_model
 from gqa.evaluate.perplexity import mean_and_error, token_losses
 from gqa.record import describe_machine, read_record, write_text_atomic
 from gqa.source import open_checkpoint
+from gqa.storage import cache_folder
 from gqa.study.corpus import StudyText, from_corpus
-from gqa.study.embedded import EmbeddedParent, EmbeddedRecipe, cache_folder, embedded_parent, stdlib_corpus
+from gqa.study.embedded import EmbeddedParent, EmbeddedRecipe, embedded_parent, stdlib_corpus
 from gqa.uptrain import Settings, training_windows, uptrain
 
 COMMAND = "benchmark uptraining"

@@ -28,8 +28,8 @@ from gqa.convert.muon import Muon
 from gqa.convert.recipe import BASELINES, make_recipe
 from gqa.convert.run import convert
 from gqa.evaluate import evaluate, load_model, remember
-from gqa.evaluate.load import quiet_transformers
 from gqa.evaluate.recall import recall
+from gqa.quiet import quiet_transformers
 from gqa.record import write_text_atomic
 from gqa.source import open_checkpoint
 from gqa.text import load_tokenizer

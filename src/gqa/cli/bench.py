@@ -87,8 +87,9 @@ def command(
     """Measure attention on this machine: time per setting of the KV heads, the share of what the machine could do,
     and what torch takes for the same.
 
-    MODEL, a bundled shape, a folder or a hub id, gives the shape. If it is a folder with weights, or with --layers,
-    tokens per second of the whole model follow, against transformers' default.
+    MODEL, a bundled shape, a folder, a GGUF file or a hub id, gives the shape. If it is a folder with weights, a GGUF
+    file that another command has dequantised before, or with --layers, tokens per second of the whole model follow,
+    against transformers' default.
 
     With --memory, serving density instead: how many sequences of the context a real paged cache of that size holds at
     each setting, against the plan, and their tokens per second together; random weights, on which neither depends.

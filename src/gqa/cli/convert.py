@@ -16,9 +16,9 @@ from gqa.record import Record
 from gqa.units import format_bytes, format_seconds, parse_bytes, parse_share, parse_tokens
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gqa.convert.job import Job
+    from gqa.convert.texts import ConversionText
+    from gqa.progress import Progress
     from gqa.source import Source
 
 # Windows as in the trials behind the defaults; a shorter context bounds it.
@@ -168,6 +168,9 @@ def command(
 ) -> None:
     """Write the checkpoint MODEL with fewer KV heads to the new folder OUT.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
+    GGUF weights are dequantised to bf16 first, once, and kept in the cache folder ($GQA_CACHE, or ~/.cache/gqa).
+
     svd, the default, keeps the best shared subspace of each group of heads; with --calibrate it weighs every error
     by what the text makes of it, and --refine takes back most of what is then left. mean, first and random are the
     published baselines. A run that was stopped goes on when the same command is given again.
@@ -177,12 +180,11 @@ def command(
     from gqa.convert.effort import seconds_estimate
     from gqa.convert.job import plan_conversion
     from gqa.device import check_device, default_device, multiplies_bf16
-    from gqa.source import open_checkpoint
     from gqa.text import read_text
 
     device = device or default_device()
     check_device(device)
-    source = open_checkpoint(model)
+    source = output.open_checkpoint(model)
     memory_bytes = parse_bytes(memory) if memory else None
     context = parse_config(source.config, source.name).context or _WINDOW
     refine_tokens = parse_tokens(refine) if refine else 0
@@ -282,6 +284,7 @@ def _advise(recipe: Recipe, job: Job) -> None:
 def _cut(recipe: Recipe, source: Source, text: str, own: bool, progress: Progress) -> ConversionText:
     """Text, and what the parent writes if `own`, as the windows that the recipe asks for."""
     from gqa.convert.texts import conversion_text
+    from gqa.evaluate.own_text import own_text
     from gqa.text import load_tokenizer, token_windows
 
     assert source.folder is not None

@@ -119,6 +119,7 @@ def command(
 ) -> None:
     """Measure the cross-entropy and perplexity of MODEL on text, its scores on tasks, and with --parent what it lost.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
     The loss above the parent is a paired difference: both models read the same windows, so its standard error is far
     smaller than those of the two perplexities. A gate is a condition such as "perplexity<=1.02*parent",
     "top1_agreement>=95%", "answers_equal>=0.5" or, of a task's metric, "hellaswag:acc_norm>=0.98*parent". Tasks and
@@ -126,7 +127,6 @@ def command(
     """
     from gqa.config import parse_config
     from gqa.evaluate.gate import parse_gate
-    from gqa.source import open_checkpoint
     from gqa.text import load_tokenizer, read_prompts, read_text, token_windows
 
     conditions = [parse_gate(text) for text in gates]
@@ -144,8 +144,8 @@ def command(
         raise GqaError("there is no text to measure on", got=needs_text[0], hint="--text FILE")
     if not tasks and (unmet := [gate.text for gate in conditions if gate.task]):
         raise GqaError("a gate asks for a task that is not run", got=unmet[0], hint="--tasks NAME")
-    source = open_checkpoint(model)
-    parent_source = open_checkpoint(parent) if parent else None
+    source = output.open_checkpoint(model)
+    parent_source = output.open_checkpoint(parent) if parent else None
     context = parse_config(source.config, source.name).context or _WINDOW
     length = parse_tokens(window) if window else min(_WINDOW, context)
     text = read_text(texts, text_field) if texts else None

@@ -64,8 +64,9 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT with MODEL, a folder or a hub id. The text goes to stdout as it comes, what it took to stderr.
+    """Continue PROMPT with MODEL. The text goes to stdout as it comes, what it took to stderr.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
     The prompt "-" reads standard input, less one line end at its end. Ctrl-C ends the text where it is.
     """
     if cache and attention != "gqa":
@@ -75,18 +76,18 @@ def command(
         prompt = _read_stdin()
 
     from gqa.config import parse_config
-    from gqa.source import open_checkpoint
     from gqa.text import load_tokenizer
 
-    source = open_checkpoint(model)
+    source = output.open_checkpoint(model)
     assert source.folder is not None
     shape = parse_config(source.config, source.name)
     tokenizer = load_tokenizer(source.folder)
 
     import torch
 
-    from gqa.evaluate.load import load_model, quiet_transformers
+    from gqa.evaluate.load import load_model
     from gqa.model.generate import Sampling, encode_prompt, generate, use_attention
+    from gqa.quiet import quiet_transformers
 
     sampling = Sampling(temperature, top_p, seed)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)

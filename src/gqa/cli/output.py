@@ -10,13 +10,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import Record
+
+if TYPE_CHECKING:
+    from gqa.source import Source
 
 
 class Command(click.Command):
@@ -119,6 +122,14 @@ def progress() -> Iterator[Progress]:
                 click.echo(f"{stage}: {done}/{total} {note}".rstrip(), err=True)
 
         yield show_line
+
+
+def open_checkpoint(model: str) -> Source:
+    """gqa.source's open_checkpoint; that a GGUF file is dequantised is shown on stderr."""
+    from gqa import source
+
+    with progress() as shown:
+        return source.open_checkpoint(model, shown)
 
 
 def _echo(text: str, **how: bool) -> None:

@@ -75,14 +75,17 @@ def _list_option(flag: str, names: Callable[[], Any], text: str) -> Callable:
 def command(ctx: click.Context, model: str | None, *, checks: bool, as_json: bool, **options: Any) -> None:
     """What each number of KV heads would take in memory and give in speed, by arithmetic alone.
 
-    MODEL is a bundled shape such as llama-3-70b, a model folder, a config.json or a hub id.
+    MODEL is a bundled shape such as llama-3-70b, a model folder, a config.json, a GGUF file, the preset smollm2-135m or
+    a hub id. A GGUF file is planned as what gqa makes of it: a checkpoint in bf16.
     With a device, exits with 1 if no setting fits there; with --requests, if none holds so many.
     """
     if checks:
         _check(ctx, model, as_json)
         return
     if model is None:
-        raise GqaError("which model?", allowed="a bundled shape, a model folder, a config.json or a hub id")
+        raise GqaError(
+            "which model?", allowed="a bundled shape, a model folder, a config.json, a GGUF file or a hub id"
+        )
     record = _plan(open_source(model), options)
     if options["html"] is not None:
         from gqa.report.plan_page import render

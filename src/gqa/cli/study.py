@@ -80,7 +80,8 @@ def command(
 ) -> None:
     """Turn the KV-head dial and see what each setting saves and costs.
 
-    Without MODEL, a small multi-head Llama is trained on the spot on the source text of Python's standard library.
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id. Without it, a small multi-head Llama
+    is trained on the spot on the source text of Python's standard library.
     For every setting of the dial the model is converted, evaluated, uptrained and evaluated again, its cache
     measured and its decoding timed. The folder OUT gets study.json and report.html. A study that was stopped goes
     on when the same command is given again.
@@ -110,7 +111,7 @@ def command(
         if model is None:
             source, text, training = _embedded(window, seed, progress)
         else:
-            source, text, training = _own(model, texts, window, seed)
+            source, text, training = _own(model, texts, window, seed, progress)
         tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
         settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens, analyses=chosen, budget=share)
         settings = settings.for_model(parse_config(source.config, source.name))
@@ -238,13 +239,13 @@ def _embedded(window: int | None, seed: int, progress: Progress) -> tuple[Source
 
 
 def _own(
-    model: str, texts: tuple[Path, ...], window: int | None, seed: int
+    model: str, texts: tuple[Path, ...], window: int | None, seed: int, progress: Progress
 ) -> tuple[Source, StudyText, dict[str, Any]]:
     from gqa.config import parse_config
     from gqa.source import open_checkpoint
     from gqa.study.corpus import from_files
 
-    source = open_checkpoint(model)
+    source = open_checkpoint(model, progress)
     assert source.folder is not None
     context = parse_config(source.config, source.name).context or _WINDOW
     text = from_files(texts, source.folder, window or min(_WINDOW, context), seed)

@@ -138,6 +138,7 @@ def command(
 ) -> None:
     """Train the checkpoint MODEL a little more and write it to the new folder OUT.
 
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
     With --parent, the parent's predictions are most of the target; without, this is plain continued training, the
     control of an experiment. A run that was stopped goes on when the same command is given again.
 
@@ -152,10 +153,9 @@ def command(
         )
 
     from gqa.config import parse_config
-    from gqa.source import open_checkpoint
 
-    source = open_checkpoint(model)
-    parent_source = open_checkpoint(parent) if parent else None
+    source = output.open_checkpoint(model)
+    parent_source = output.open_checkpoint(parent) if parent else None
     if tokens is not None:
         train_tokens = parse_tokens(tokens)
     else:

@@ -33,10 +33,9 @@ def command(context: click.Context, folders: tuple[str, ...], as_json: bool) -> 
     if not 1 <= len(folders) <= 2:
         raise GqaError("too many folders to verify", got=" ".join(folders), allowed="OUT, or MODEL and OUT")
     from gqa.convert.verify import verify
-    from gqa.source import open_checkpoint
 
     model, out = folders[0] if len(folders) == 2 else None, folders[-1]
-    source = open_checkpoint(model) if model else None
+    source = output.open_checkpoint(model) if model else None
     with output.progress() as progress:
         report = verify(Path(out), source, progress)
     if as_json:

@@ -4,6 +4,7 @@
 """
 
 from gqa.config.child import child_config
+from gqa.config.legacy import add_legacy_keys
 from gqa.config.parse import parse_config, text_part
 from gqa.config.shape import (
     Details,
@@ -25,6 +26,7 @@ __all__ = [
     "LayerShape",
     "ModelShape",
     "State",
+    "add_legacy_keys",
     "check_kv_heads",
     "child_config",
     "kv_head_choices",

@@ -16,7 +16,7 @@ from gqa.convert.job import Job
 from gqa.convert.journal import Journal
 from gqa.errors import GqaError
 from gqa.record import describe_versions, write_text_atomic
-from gqa.source import check_file, read_json
+from gqa.source import check_file, legacy_tokenizer, read_json
 from gqa.weights.header import DTYPE_BYTES, TensorEntry
 from gqa.weights.reader import INDEX, Checkpoint
 from gqa.weights.writer import write_index
@@ -53,23 +53,12 @@ def copy_small_files(folder: Path, result: Path) -> None:
         relative = path.relative_to(folder)
         target = result / (_PARENT_CARD if relative.name == "README.md" else relative)
         target.parent.mkdir(exist_ok=True)
-        if relative.name == _TOKENIZER and (text := _readable_by_transformers_4(path)):
+        if relative.name == _TOKENIZER and (text := legacy_tokenizer(path)):
             target.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(path, target)
         with target.open("rb") as stream:
             os.fsync(stream.fileno())
-
-
-def _readable_by_transformers_4(path: Path) -> str | None:
-    """tokenizer_config.json with the older name of a class that transformers 5 renamed; None for other classes."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    if not isinstance(config, dict) or config.get("tokenizer_class") != "TokenizersBackend":
-        return None
-    return json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _small_files(folder: Path) -> list[Path]:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gqa.errors import GqaError
-from gqa.evaluate.load import quiet_transformers
 from gqa.evaluate.perplexity import mean_and_error, paired_p_value
 from gqa.model import hf
 from gqa.progress import Progress, silent
+from gqa.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

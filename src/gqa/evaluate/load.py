@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import torch
 
 from gqa.device import check_device, default_device
 from gqa.errors import GqaError
+from gqa.quiet import quiet_transformers
 from gqa.weights.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -69,19 +68,3 @@ def _sharded(processes: int) -> dict[str, Any]:
     from transformers import DistributedConfig
 
     return {"distributed_config": DistributedConfig(fsdp_size=processes)}
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers meanwhile: gqa has its own progress, and checks itself."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

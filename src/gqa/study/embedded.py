@@ -24,6 +24,8 @@ import numpy as np
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import write_text_atomic
+from gqa.source import write_legacy_keys
+from gqa.storage import cache_folder, publish
 from gqa.text import read_text
 
 if TYPE_CHECKING:
@@ -132,13 +134,6 @@ def stdlib_corpus(root: Path | None = None) -> Corpus:
     return Corpus(**{name: tuple(files) for name, files in parts.items()})
 
 
-def cache_folder() -> Path:
-    """Where models trained on the spot are kept: $GQA_CACHE, else $XDG_CACHE_HOME/gqa, else ~/.cache/gqa."""
-    if folder := os.environ.get("GQA_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa"
-
-
 def embedded_parent(
     recipe: EmbeddedRecipe | None = None,
     progress: Progress = silent,
@@ -164,7 +159,8 @@ def embedded_parent(
                 hint="set GQA_CACHE to a folder of yours",
             ) from None
         _train(recipe, corpus, working, progress, device)
-        _publish(working, folder)
+        publish(working / "model", folder)
+        shutil.rmtree(working, ignore_errors=True)
     facts = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     return EmbeddedParent(
         folder=folder,
@@ -207,7 +203,7 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
     import torch
     from torch.nn.functional import cross_entropy
 
-    from gqa.evaluate.load import quiet_transformers
+    from gqa.quiet import quiet_transformers
 
     began = time.perf_counter()
     progress("tokenizer", 0, 1)
@@ -256,7 +252,7 @@ def _train(recipe: EmbeddedRecipe, corpus: Corpus, working: Path, progress: Prog
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _add_legacy_keys(folder)
+    write_legacy_keys(folder)
     facts: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -336,20 +332,6 @@ def _new_model(recipe: EmbeddedRecipe) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def _add_legacy_keys(folder: Path) -> None:
-    """transformers 5 writes rope_parameters and dtype only, and a tokenizer class of its own; older readers look for
-    these names and else guess, or stop."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    config["rope_scaling"] = None
-    config["torch_dtype"] = config["dtype"]
-    write_text_atomic(path, json.dumps(config, indent=2) + "\n")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    write_text_atomic(path, json.dumps(config, indent=2) + "\n")
-
-
 def _optimizers(model: PreTrainedModel, recipe: EmbeddedRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, slower for the attentions; AdamW for the embedding and the norms."""
     import torch
@@ -400,13 +382,3 @@ def _resume(working: Path, model: Any, optimizers: list[Any]) -> tuple[int, floa
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return state["step"], state["seconds"]
-
-
-def _publish(working: Path, folder: Path) -> None:
-    """Rename the finished model into its place. Another process may have been faster: its model is the same."""
-    try:
-        os.rename(working / "model", folder)
-    except OSError:
-        if not (folder / METADATA).exists():
-            raise
-    shutil.rmtree(working, ignore_errors=True)

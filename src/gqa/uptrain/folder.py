@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gqa.errors import GqaError
-from gqa.evaluate.load import quiet_transformers
+from gqa.quiet import quiet_transformers
 from gqa.record import write_text_atomic
 from gqa.uptrain.data import TrainingText
 from gqa.uptrain.stream import StreamedText

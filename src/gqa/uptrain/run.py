@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from gqa.errors import GqaError
-from gqa.evaluate.load import load_model, quiet_transformers
+from gqa.evaluate.load import load_model
 from gqa.evaluate.perplexity import check_windows
 from gqa.progress import Progress, silent
+from gqa.quiet import quiet_transformers
 from gqa.source import read_json
 from gqa.uptrain import teacher as teachers
 from gqa.uptrain.data import TrainingText
