@@ -255,8 +255,8 @@ def token_weights(hidden: States) -> Tensor:
     parent's hidden states before the layer.
 
     Some models give a few tokens, most often the first of a window, hidden states hundreds of times larger than all
-    others' (massive activations: Sun et al. 2024, arXiv 2402.17762). A plain sum of squares belongs to those tokens, and
-    a fit to it spoils all others. A hidden state below a tenth of the median length counts as one of that length.
+    others' (massive activations: Sun et al. 2024, arXiv 2402.17762). A plain sum of squares belongs to those tokens,
+    and a fit to it spoils all others. A hidden state below a tenth of the median length counts as one of that length.
     """
     sizes = torch.cat([batch.float().square().sum(-1) for batch in hidden.split(BATCH)])
     weights = 1 / sizes.clamp_min(1e-2 * float(sizes.median())).clamp_min(1e-30)

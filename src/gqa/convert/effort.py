@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # at 6 min 13 s where it took 3 min 42 s.
 _EIGH = 60
 _MEASURE_SIZE = 1024
-# What norms, activations, softmax and the optimizer take beside the products of a distillation: measured on SmolLM2-135M.
+# What norms, activations, softmax and the optimizer add to the products of a distillation: measured on SmolLM2-135M.
 _DISTILL_OVERHEAD = 1.6
 
 

@@ -77,9 +77,9 @@ def refine(
     """A short training of W_q, W_k, W_v, W_o (and their biases) of this attention alone.
 
     Loss: sum w |o - y|^2 / sum w |y|^2 of the batch, o the child's attention output on its own input, y the target at
-    the same layer, w (N, T) as `token_weights` gives them. Muon for the matrices, head by head, Adam for biases and norms; a step moves a matrix by `learning_rate`
-    of its heads' root mean square singular value at the start, falling to zero along a cosine, so that one rate fits
-    models of any scale. Nothing else of the model is in memory.
+    the same layer, w (N, T) as `token_weights` gives them. Muon for the matrices, head by head, Adam for biases and
+    norms; a step moves a matrix by `learning_rate` of its heads' root mean square singular value at the start, falling
+    to zero along a cosine, so that one rate fits models of any scale. Nothing else of the model is in memory.
     """
     parameters = [p.requires_grad_(True) for p in block.attention.parameters()]
     matrices = [module.weight for module in block.attention.modules() if isinstance(module, nn.Linear)]

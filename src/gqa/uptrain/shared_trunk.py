@@ -155,10 +155,23 @@ class SharedTrunk:
 class _Given(nn.Module):
     """In the place of a decoder: returns the hidden states that it was given."""
 
-    def forward(self, inputs_embeds: Tensor, **others: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+    def forward(self, *ids: None, inputs_embeds: Tensor, **others: Any) -> _Output:
+        return _Output(inputs_embeds)
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # pyright: ignore[reportArgumentType]
+
+class _Output:
+    """A decoder's output that has hidden states and nothing else. The classes of transformers differ in the fields that
+    they have, and a head reads those of its own; here every other field is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        assert index == 0
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _head_alone(model: PreTrainedModel) -> nn.Module:
@@ -182,7 +195,10 @@ def _hollow_child(config: Mapping[str, Any], implementation: str) -> nn.Module:
 
 def use_fast_attention(model: PreTrainedModel, layout: Layout) -> None:
     """Our own attention where the model can run it; else what the architecture needs."""
-    try:
-        use_attention(model, "gqa")
-    except GqaError:
-        use_attention(model, "eager" if layout.eager else "sdpa")
+    with quiet_transformers():
+        try:
+            use_attention(model, "gqa")
+        except GqaError:
+            if not layout.eager:  # such a model was loaded with torch's attention, which is right for it
+                return
+            use_attention(model, "eager")
