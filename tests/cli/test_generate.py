@@ -128,3 +128,14 @@ def test_help_begins_with_examples():
     lines = run("--help").stdout.splitlines()
     assert lines[0] == "Examples:"
     assert all("gqa generate" in line for line in lines[1:4])
+
+
+def test_a_gguf_file_is_dequantised_once_and_its_progress_shown(tmp_path, monkeypatch):
+    from helpers.gguf_files import tiny_model, write_gguf
+
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
+    path = str(write_gguf(tmp_path / "tiny.gguf", tiny_model(), "Q8_0"))
+    first, again = (run(path, "he", "--max-tokens", "4", "--chat") for _ in range(2))
+    assert first.stdout == again.stdout
+    assert "dequantising tiny.gguf: 3/3" in first.stderr
+    assert "dequantising" not in again.stderr

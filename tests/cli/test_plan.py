@@ -232,3 +232,17 @@ def test_a_log_is_asked_for_by_hand(plan):
     code, _, err = plan("llama-3-8b", "--bandwidth", "100GB/s")
     assert code == 2
     assert "needs its memory" in err
+
+
+def test_a_gguf_file(plan, tmp_path, monkeypatch):
+    from helpers.gguf_files import tiny_model, write_gguf
+
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(), "Q4_0")
+    code, out, err = plan(str(path))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "tiny: 2 layers, 8 query heads, 2 KV heads, head dim 8"
+    path.write_bytes(path.read_bytes()[:-50])
+    code, out, err = plan(str(path))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: tiny.gguf is truncated\n")

@@ -34,9 +34,9 @@ def open_source(model: str) -> Source:
     """
     if gguf := _gguf_file(model):
         name, path = gguf
-        if folder := cached_folder(path):
-            return _open_folder(folder, name)
-        return Source(name, config_of(read_gguf(path)), None)
+        config = config_of(read_gguf(path))
+        folder = cached_folder(path)
+        return _open_folder(folder, name) if folder else Source(name, config, None)
     if path := _existing_path(model):
         return _open_path(path)
     if shape := bundled_shape(model):
