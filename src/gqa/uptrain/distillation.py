@@ -42,8 +42,8 @@ def distill_attentions(
     to a norm of 1), a tenth of the steps as linear warm-up, then a cosine to zero; `job.recipe` has batch, rate and
     precision. folder: checkpoints; called again after a kill, it goes on from the last one to the same bits.
 
-    Returns the trained tensors (float32) by the same names, and `steps`, `tokens` and `final_kl_to_parent_nats`, the mean
-    of the last ten steps, each measured before it was taken.
+    Returns the trained tensors (float32) by the same names, and `steps`, `tokens` and `final_kl_to_parent_nats`: the
+    mean of the last ten steps, each measured before it was taken.
     Raises TrainingError where a loss is not finite.
     """
     recipe = job.recipe

@@ -64,8 +64,15 @@ def use_half(settings: Settings, device: torch.device) -> bool:
 class Objective(Protocol):
     """What a training minimises: one batch's gradients at a time."""
 
-    model: PreTrainedModel  # its parameters that require gradients are trained
-    taught: bool  # there is a KL to a parent
+    @property
+    def model(self) -> PreTrainedModel:
+        """Its parameters that require gradients are trained."""
+        ...
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a parent, and so a KL."""
+        ...
 
     def backward(self, places: np.ndarray, ids: torch.Tensor, scale: float) -> torch.Tensor:
         """Add the gradients of `scale` times the loss of windows ids (B, T), which lie at `places` in the text;

@@ -71,7 +71,7 @@ class SharedTrunk:
         model = load_model(parent.folder, dtype=dtype, device=device)
         model.requires_grad_(False)
         use_fast_attention(model, layout)
-        implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
         child = _hollow_child(child_config(config, kv_heads), implementation)
         self.model, self.half, self.taught, self.layout = model, half, True, layout
         self.pairs: list[TwoAttentions] = []
@@ -132,7 +132,9 @@ class SharedTrunk:
                 teacher = self.logits(target[piece])
             loss, entropy, kl = rows_loss(self.logits(leaf[piece]), following[piece], teacher, 1.0)
             (loss * share * scale).backward()
+            assert kl is not None  # there is a teacher
             figures += torch.stack([entropy, kl]) * share
+        assert leaf.grad is not None
         gradient = torch.zeros_like(own)
         gradient[:, :-1] = leaf.grad.unflatten(0, (len(ids), -1))
         own.backward(gradient)
