@@ -30,7 +30,7 @@ def test_a_model_of_ones_own(parent, tmp_path, capsys):
     printed = capsys.readouterr()
     assert read_record(out / "study.json").results["parent"]["train_tokens"] == 1536  # as its folder tells
     assert "What each setting saves" in printed.out
-    assert "svd+refine" in printed.out
+    assert "svd+distill" in printed.out
     assert str(out / "report.html") in printed.err
     assert (out / "report.html").stat().st_size < 1_000_000
 

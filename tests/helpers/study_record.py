@@ -20,10 +20,10 @@ ALPHABET = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/
 REMAINS = {
     ("converted", "mean"): 1.0,
     ("converted", "svd"): 0.12,
-    ("converted", "svd+refine"): 0.02,
+    ("converted", "svd+distill"): 0.02,
     ("uptrained", "mean"): 0.24,
     ("uptrained", "svd"): 0.05,
-    ("uptrained", "svd+refine"): -0.004,
+    ("uptrained", "svd+distill"): -0.004,
 }
 
 
@@ -109,7 +109,7 @@ def study_results(heads: int = 8, layers: int = 6) -> dict[str, Any]:
                 "groups": _groups(heads, n, searched=layer % 2 == 0) if method != "mean" else None,
             }
             for n in stops[1:]
-            for method, scale in (("mean", 0.16), ("svd", 0.02), ("svd+refine", 0.003))
+            for method, scale in (("mean", 0.16), ("svd", 0.02), ("svd+distill", 0.003))
             for layer in range(layers)
         ],
         "decode": [
@@ -180,7 +180,7 @@ def _quality(kv_heads: int, heads: int, method: str, stage: str) -> dict[str, An
         "top1_agreement": max(0.3, 0.98 - abs(lost)),
         "loss_above_parent_nats": lost,
         "share_of_mean_loss": REMAINS[stage, method],
-        "seconds": {"mean": 1.2, "svd": 9.5, "svd+refine": 74.0}[method],
+        "seconds": {"mean": 1.2, "svd": 9.5, "svd+distill": 74.0}[method],
     }
 
 

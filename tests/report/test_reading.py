@@ -59,6 +59,6 @@ def test_best_is_the_lowest_perplexity_of_the_stages_asked(study: Study) -> None
     converted, uptrained = study.best(1, ["converted"]), study.best(1)
     assert converted is not None
     assert uptrained is not None
-    assert converted[1:] == ("svd+refine", "converted")
-    assert uptrained[1:] == ("svd+refine", "uptrained")
+    assert converted[1:] == ("svd+distill", "converted")
+    assert uptrained[1:] == ("svd+distill", "uptrained")
     assert study.best(3) is None

@@ -44,12 +44,12 @@ def test_times(ratio: float, text: str) -> None:
 def test_finding_takes_the_furthest_level_stop_and_holds_it_against_its_equal() -> None:
     results = study_results()
     refined = next(
-        r for r in results["quality"] if (r["kv_heads"], r["method"], r["stage"]) == (1, "svd+refine", "uptrained")
+        r for r in results["quality"] if (r["kv_heads"], r["method"], r["stage"]) == (1, "svd+distill", "uptrained")
     )
     refined["perplexity"] = CONTROL * 1.01
     told = words.finding(Study.from_record(study_record(results)))
     assert told == (
-        "With 1 of 8 KV heads the cache is 8× smaller and perplexity is 41.3 (refined svd, after uptraining) "
+        "With 1 of 8 KV heads the cache is 8× smaller and perplexity is 41.3 (distilled svd, after uptraining) "
         "against 40.9 for the parent given the same extra training."
     )
 
@@ -81,12 +81,12 @@ def test_decode_title_tells_the_gain() -> None:
 def test_layers_title_names_the_worst_layer_of_the_strongest_method() -> None:
     rows = [
         {"kv_heads": 1, "method": "svd", "layer": 0, "hidden_error": 0.5},
-        {"kv_heads": 1, "method": "svd+refine", "layer": 0, "hidden_error": 0.01},
-        {"kv_heads": 2, "method": "svd+refine", "layer": 3, "hidden_error": 0.02},
+        {"kv_heads": 1, "method": "svd+distill", "layer": 0, "hidden_error": 0.01},
+        {"kv_heads": 2, "method": "svd+distill", "layer": 3, "hidden_error": 0.02},
     ]
     told = words.layers_title(study(layers=rows))
     off = words.percent(0.02)
-    assert told == f"With 2 KV heads and refined svd hidden states are at most {off} off, behind layer 3"
+    assert told == f"With 2 KV heads and distilled svd hidden states are at most {off} off, behind layer 3"
 
 
 def test_titles_without_their_tables() -> None:

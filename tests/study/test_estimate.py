@@ -19,7 +19,7 @@ SETTINGS = Settings(
     test_windows=8,
     uptrain_tokens=8 * 32,
     contexts=(16, 64),
-    refine_steps=5,
+    distill_tokens=1024,
     decode_repeats=3,
     analyses=(),
 )

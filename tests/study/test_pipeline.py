@@ -20,7 +20,12 @@ from gqa.study.pipeline import run
 from gqa.study.settings import ANALYSES, METHODS, Settings
 
 SETTINGS = Settings(
-    calibration_windows=16, test_windows=8, uptrain_tokens=8 * 32, contexts=(16, 64), refine_steps=5, decode_repeats=3
+    calibration_windows=16,
+    test_windows=8,
+    uptrain_tokens=8 * 32,
+    contexts=(16, 64),
+    distill_tokens=1024,
+    decode_repeats=3,
 )
 
 
@@ -75,12 +80,12 @@ def test_only_the_best_models_are_kept(study):
     kept = sorted(path.name for path in (out / "models").iterdir())
     assert kept == [
         "control",
-        "kv1-svd-refine",
-        "kv1-svd-refine-uptrained",
-        "kv2-svd-refine",
-        "kv2-svd-refine-uptrained",
+        "kv1-svd-distill",
+        "kv1-svd-distill-uptrained",
+        "kv2-svd-distill",
+        "kv2-svd-distill-uptrained",
     ]
-    config = json.loads((out / "models" / "kv1-svd-refine-uptrained" / "config.json").read_text())
+    config = json.loads((out / "models" / "kv1-svd-distill-uptrained" / "config.json").read_text())
     assert parse_config(config, "child").kv_heads == 1
 
 
@@ -99,7 +104,7 @@ def test_what_heads_look_at_is_in_the_record(study):
     tokens = len(results["attention_text"]["tokens"])
     assert all(len(one) == tokens * (tokens + 1) / 2 for row in results["attention_maps"] for one in row["maps"])
     groups = {
-        (row["kv_heads"], row["layer"]): row["groups"] for row in results["layers"] if row["method"] == "svd+refine"
+        (row["kv_heads"], row["layer"]): row["groups"] for row in results["layers"] if row["method"] == "svd+distill"
     }
     for row in results["attention_heads"]:
         if row["weights"] == "child":

@@ -61,6 +61,9 @@ def test_the_child_comes_nearer_to_its_parent(source, tmp_path, method):
     if recipe.measure_tokens:
         assert report["measured_before_distillation"] == converted["measured"]
         assert report["measured"]["perplexity"] != converted["measured"]["perplexity"]
+        for layer, plain in zip(report["layers"], converted["layers"], strict=True):
+            assert layer["hidden_error_before_distillation"] == plain["hidden_error"]
+            assert 0 < layer["hidden_error"] != plain["hidden_error"]
 
 
 def test_nothing_but_the_attentions_changes(source, tmp_path):

@@ -321,15 +321,18 @@ def _print_report(report: dict[str, Any]) -> None:
         output.data(f"not within the budget: {one['kv_heads']} KV heads, perplexity {_change(one):+.2%} (measured)")
     if report["measured"]:
         one = report["measured"]
+        before = report.get("measured_before_distillation")
+        steps = f"{before['perplexity']:.3f} -> distilled " if before else ""
         output.data(
             f"perplexity on {one['tokens']} tokens of the text that no fit has seen (measured): "
-            f"{one['perplexity_parent']:.3f} -> {one['perplexity']:.3f} ({_change(one):+.2%})"
+            f"{one['perplexity_parent']:.3f} -> {steps}{one['perplexity']:.3f} ({_change(one):+.2%})"
         )
     errors = [(layer["hidden_error"], layer["layer"]) for layer in report["layers"] if "hidden_error" in layer]
     if errors:
         (worst, where), (last, _) = max(errors), errors[-1]
+        seen = "text that no fit has seen" if report.get("distillation") else "the calibration text"
         output.data(
-            f"hidden states on the calibration text are off (relative squared distance, measured): "
+            f"hidden states on {seen} are off (relative squared distance, measured): "
             f"{last:.3%} behind the last layer, at most {worst:.3%} behind layer {where}"
         )
 

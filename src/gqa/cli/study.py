@@ -179,6 +179,8 @@ def parse_analyses(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def print_tables(record: Record) -> None:
     """What the dial saves, and what it costs."""
+    from gqa.study.settings import METHODS
+
     results = record.results
     times = {(row["kv_heads"], row["context_tokens"]): row["seconds_per_token_p50"] for row in results["decode"]}
     longest = max((context for _, context in times), default=None)
@@ -201,7 +203,7 @@ def print_tables(record: Record) -> None:
     scores = {(row["kv_heads"], row["method"], row["stage"]): row for row in results["quality"]}
     rows = []
     for heads in [setting["kv_heads"] for setting in results["settings"]][1:]:
-        for method in ("mean", "svd", "svd+refine"):
+        for method in METHODS:
             converted, uptrained = (scores.get((heads, method, stage)) for stage in ("converted", "uptrained"))
             if converted is None:
                 continue
@@ -211,7 +213,7 @@ def print_tables(record: Record) -> None:
                     "KV heads, method": f"{heads:>2}  {method}",
                     "perplexity converted": f"{converted['perplexity']:.2f}",
                     "uptrained": f"{uptrained['perplexity']:.2f}" if uptrained else "-",
-                    "loss of mean's": "1"
+                    "share of mean's loss": "1"
                     if method == "mean"
                     else f"1/{1 / share:.0f}"
                     if share and share > 0

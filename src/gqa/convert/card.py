@@ -26,7 +26,7 @@ def convert_command(model: str, out: str, recipe: Recipe, texts: Sequence[str]) 
     words = ["gqa", "convert", model, out, "--kv-heads", str(recipe.kv_heads)]
     if recipe.method != "svd":
         words += ["--method", recipe.method]
-    if recipe.all_windows:
+    if recipe.all_windows or recipe.distill_tokens:
         for text in texts:
             words += ["--calibrate", text]
         if recipe.calibration_tokens:
@@ -34,6 +34,10 @@ def convert_command(model: str, out: str, recipe: Recipe, texts: Sequence[str]) 
         words += ["--window", str(recipe.window), "--measure", str(recipe.measure_tokens)]
     if recipe.refine_tokens:
         words += ["--refine", str(recipe.refine_tokens), "--refine-steps", str(recipe.refine_steps)]
+    if recipe.distill_tokens:
+        words += ["--distill", str(recipe.distill_tokens), "--distill-window", str(recipe.distill_window)]
+        words += ["--distill-batch", str(recipe.distill_batch), "--distill-rate", f"{recipe.distill_learning_rate:g}"]
+        words += ["--precision", recipe.distill_precision]
     usual = make_recipe(
         recipe.kv_heads, recipe.method, calibration_tokens=recipe.calibration_tokens, window=recipe.window
     )
@@ -91,6 +95,7 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         f"| {format_bytes(report['kv_bytes_per_token'])} |",
         f"| weight files | {format_bytes(report['bytes_parent'])} | {format_bytes(report['bytes'])} |",
         *_measured(report.get("measured")),
+        *_measured(report.get("measured_before_distillation"), ", before the distillation"),
         "",
         "## How it was made",
         "",
@@ -98,6 +103,7 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         if heads > before
         else f"Method `{recipe.method}`: {_METHODS[recipe.method]}.",
         "",
+        *_distillation(report.get("distillation")),
         "```",
         command,
         "```",
@@ -110,10 +116,11 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         "",
         *(f"- {sentence}" for sentence in report["approximations"]),
     ]
+    seen = "text that no fit has seen" if report.get("distillation") else "the calibration text"
     if any("hidden_error" in layer for layer in report["layers"]):
         lines += [
             "",
-            "How far the hidden states behind each layer are from the parent's on the calibration text (squared",
+            f"How far the hidden states behind each layer are from the parent's on {seen} (squared",
             "distance over squared length, mean over tokens; what a layer loses is passed on to those after it):",
             "",
             "| layer | error | parent's KV heads that share |",
@@ -131,11 +138,22 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _measured(measured: Mapping[str, Any] | None) -> list[str]:
+def _measured(measured: Mapping[str, Any] | None, when: str = "") -> list[str]:
     if not measured:
         return []
-    what = f"perplexity on {measured['tokens']} tokens of the calibration text that no fit has seen"
+    what = f"perplexity on {measured['tokens']} tokens of the calibration text that no fit has seen{when}"
     return [f"| {what} | {measured['perplexity_parent']:.3f} | {measured['perplexity']:.3f} |"]
+
+
+def _distillation(distillation: Mapping[str, Any] | None) -> list[str]:
+    if not distillation:
+        return []
+    return [
+        "Then all attentions were trained together against the parent's predictions, on "
+        f"{distillation['tokens']} tokens in {distillation['steps']} steps (Hinton et al. 2015, arXiv 1503.02531). KL to the parent in the last steps: "
+        f"{distillation['final_kl_to_parent_nats']:.3f} nats per token.",
+        "",
+    ]
 
 
 def _percent(share: float | None) -> str:

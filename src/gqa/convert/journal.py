@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,19 @@ class Journal:
         self._write()
 
     def finish_distilling(self, report: dict[str, Any]) -> None:
-        """From here on the files of the distilled layers count."""
+        """From here on the files of the distilled layers count. What was measured of the layers that the distillation
+        began with says nothing about them any more."""
         self.distilled = report
+        for layer in self.reports:
+            for name in [name for name in layer if name.endswith("_error")]:
+                layer[f"{name}_before_distillation"] = layer.pop(name)
         self._write()
         self.forget_training()
 
-    def finish_measuring_distilled(self, measured: dict[str, Any]) -> None:
+    def finish_measuring_distilled(self, measured: dict[str, Any], hidden_errors: Sequence[float]) -> None:
         self.measured_distilled = measured
+        for layer, error in zip(self.reports, hidden_errors, strict=True):
+            layer["hidden_error"] = error
         self._write()
 
     def discard(self) -> None:

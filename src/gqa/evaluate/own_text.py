@@ -18,8 +18,12 @@ from gqa.text import load_tokenizer
 from gqa.weights.reader import Checkpoint
 
 
+# At 1 a small model's text drifts into noise (docs/LOG.md).
+_TEMPERATURE = 0.8
+
+
 def own_text(folder: Path, windows: int, tokens: int, seed: int = 0, progress: Progress = silent) -> np.ndarray:
-    """Windows (N, T) of token ids that the model in `folder` writes at temperature 1: every second one begins with the
+    """Windows (N, T) of token ids that the model in `folder` writes at temperature 0.8: every second one begins with the
     beginning of a text, the others with that of a user's turn, where there is a chat template.
 
     They are sampled once and kept in the cache folder, by model, window and seed; a later call adds what is missing.
@@ -28,10 +32,17 @@ def own_text(folder: Path, windows: int, tokens: int, seed: int = 0, progress: P
     """
     device = default_device()
     dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    identity = json.dumps([Checkpoint(folder).fingerprint(), tokens, seed, str(dtype)], default=str)
+    identity = json.dumps([Checkpoint(folder).fingerprint(), tokens, seed, _TEMPERATURE, str(dtype)], default=str)
     kept = cache_folder() / f"own-text-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     model = load_model(folder, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     return sample_windows(
-        model, tokenizer, windows=windows, window_tokens=tokens, seed=seed, folder=kept, progress=progress
+        model,
+        tokenizer,
+        windows=windows,
+        window_tokens=tokens,
+        temperature=_TEMPERATURE,
+        seed=seed,
+        folder=kept,
+        progress=progress,
     )

@@ -15,7 +15,8 @@ from gqa.units import format_bytes, format_seconds
 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 METHOD_STYLE = {"mean": ("var(--mean)", "square"), "svd": ("var(--svd)", "circle")} | {
-    "svd+refine": ("var(--refine)", "triangle-up")
+    "svd+refine": ("var(--refine)", "triangle-up"),
+    "svd+distill": ("var(--refine)", "diamond"),
 }
 MOST_MEMORY_LINES = 4
 TALL = Frame(height=290)

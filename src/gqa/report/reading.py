@@ -18,7 +18,7 @@ from gqa.report.alternatives import View
 Row = Mapping[str, Any]
 
 STAGES = ("converted", "uptrained")
-METHODS = ("mean", "svd", "svd+refine")
+METHODS = ("mean", "svd", "svd+refine", "svd+distill")
 _TABLES = ("settings", "quality", "layers", "decode", "capacity")
 
 

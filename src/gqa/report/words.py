@@ -5,14 +5,16 @@ from __future__ import annotations
 from gqa.report.forms import NOT_MEASURED, about, heads, percent, significant, times, tokens
 from gqa.report.reading import Study, number, positive
 
-METHOD_NAMES = {"mean": "mean pooling", "svd": "svd", "svd+refine": "refined svd"}
-SHORT_NAMES = {"svd+refine": "refined"}  # beside lines and bars, where room is short
+METHOD_NAMES = {"mean": "mean pooling", "svd": "svd", "svd+refine": "refined svd", "svd+distill": "distilled svd"}
+SHORT_NAMES = {"svd+refine": "refined", "svd+distill": "distilled"}  # beside lines and bars, where room is short
 METHOD_MEANINGS = {
     "mean": "The published recipe: the key and value projections of the heads that come to share are averaged.",
     "svd": "Finds, in closed form and without training, the shared keys and values that keep most of what the heads"
     " gave, and changes every query head's own weights to suit them.",
     "svd+refine": "Then fits the attention of each layer in turn to the parent's own output on a little text. It needs"
     " no labels and never trains the whole model.",
+    "svd+distill": "Then trains all attentions together against the parent's predictions. Embeddings, norms and MLPs"
+    " stay as they are.",
 }
 STAGE_NAMES = {"converted": "right after conversion", "uptrained": "after uptraining"}
 CLOSE = 0.02  # perplexities within 2 % count as level in the page's opening sentence

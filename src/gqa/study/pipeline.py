@@ -140,7 +140,8 @@ class _Study:
         said = [
             f"Quality is measured on {self.test.size:,} tokens of test text in windows of {self.test.shape[1]}; "
             "no test text was seen in training, calibration or uptraining. Standard errors are over windows.",
-            f"Calibration and refinement look at {self.calibration.size:,} tokens, without labels.",
+            f"Calibration reads {self.calibration.size:,} tokens; the distillation trains the attentions of each child "
+            f"on {self.settings.distill_tokens:,} tokens of the training text against the parent's predictions.",
             "Decoding is timed at batch 1 with a cache filled with random keys and values; contexts may be longer than "
             "the model was trained for, which changes the text but not the time.",
             f"Capacity is arithmetic: 90 % of the device's memory, minus the weights, for a {self._kv_dtype} cache.",
@@ -173,11 +174,25 @@ class _Study:
 
     def _convert(self, kv_heads: int, method: str) -> dict[str, Any]:
         from gqa.convert.run import convert
+        from gqa.uptrain import distill_attentions, training_windows
 
         def work() -> dict[str, Any]:
             recipe = recipe_of(kv_heads, method, self.settings, self.calibration)
             folder = self._folder(kv_heads, method)
-            return convert(self.source, folder, recipe, self.calibration, self.progress, texts=[self.text.name])
+            return convert(
+                self.source,
+                folder,
+                recipe,
+                self.calibration,
+                self.progress,
+                distill=distill_attentions,
+                distill_windows=training_windows(
+                    self.text.train, recipe.distill_tokens, recipe.distill_batch, recipe.seed
+                )
+                if recipe.distill_tokens
+                else None,
+                texts=[self.text.name],
+            )
 
         return self.steps.do(_name(kv_heads, method, "convert"), work)
 
@@ -292,7 +307,7 @@ def widest_bytes(folder: Path) -> int:
 
 
 def _name(kv_heads: int, method: str, step: str = "") -> str:
-    """`kv2-svd-refine`, `kv2-svd-refine.uptrain`"""
+    """`kv2-svd-distill`, `kv2-svd-distill.uptrain`"""
     return f"kv{kv_heads}-{method.replace('+', '-')}" + (f".{step}" if step else "")
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from gqa.convert.recipe import Recipe
 
-# What is compared at every setting: the published baseline, the closed form, and that refined.
-METHODS = ("mean", "svd", "svd+refine")
+# What is compared at every setting: the published baseline, the closed form, and that distilled.
+METHODS = ("mean", "svd", "svd+distill")
 BEST = METHODS[-1]
 # What else is looked at in the models.
 ANALYSES = ("gradients", "patterns")
@@ -22,9 +22,10 @@ ANALYSES = ("gradients", "patterns")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """kv_heads: stops of the dial below the parent's (empty: every divisor). calibration_windows: for conversion;
-    the same ones serve refinement. test_windows: for every evaluation. uptrain_tokens: for every child and for the
-    control (0: no uptraining). contexts: where decoding is timed, in tokens, with decode_repeats steps each.
+    """kv_heads: stops of the dial below the parent's (empty: every divisor). calibration_windows: for conversion.
+    distill_tokens: of training text, for the distillation of every child. test_windows: for every evaluation.
+    uptrain_tokens: for every child and for the control (0: no uptraining).
+    contexts: where decoding is timed, in tokens, with decode_repeats steps each.
     analyses: which of ANALYSES are made; a study may be given again with more of them. budget: the dial is turned down
     from its top no further than to the first stop whose best child has a perplexity of more than 1 + budget times the
     parent's; None for every stop."""
@@ -34,7 +35,7 @@ class Settings:
     test_windows: int = 128
     uptrain_tokens: int = 0
     contexts: tuple[int, ...] = (512, 2048, 8192, 32768)
-    refine_steps: int = 120
+    distill_tokens: int = 131_072
     decode_repeats: int = 24
     seed: int = 0
     analyses: tuple[str, ...] = ANALYSES
@@ -63,14 +64,20 @@ class Settings:
 def recipe_of(kv_heads: int, method: str, settings: Settings, calibration: np.ndarray) -> Recipe:
     """The conversion to `kv_heads` by one of METHODS; calibration (N, T): its text."""
     from gqa.convert.recipe import make_recipe
+    from gqa.device import default_device, multiplies_bf16
 
-    name, _, refined = method.partition("+")
+    name, _, distilled = method.partition("+")
+    window = calibration.shape[1]
+    distillation = {
+        "distill_tokens": settings.distill_tokens,
+        "distill_window": window,
+        "distill_precision": "bf16" if multiplies_bf16(default_device()) else "fp32",
+    }
     return make_recipe(
         kv_heads,
         name,  # type: ignore[arg-type]
         calibration_tokens=0 if name == "mean" else calibration.size,
-        refine_tokens=calibration.size if refined else 0,
-        refine_steps=settings.refine_steps,
-        window=calibration.shape[1],
+        window=window,
         seed=settings.seed,
+        **(distillation if distilled else {}),
     )
