@@ -13,9 +13,8 @@ exactly what a model predicts that reads the window: p(token | all tokens of the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from gqa.model.cache import GqaCache
 from gqa.model.generate import Sampling, chat_text, our_attention
 from gqa.model.serve import forward
 from gqa.progress import Progress, silent
-from gqa.record import write_text_atomic
+from gqa.record import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +47,11 @@ class Turns:
 
     start: tuple[int, ...]
     reply: tuple[int, ...]
+
+
+def wants_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """What was chosen; by default whether the model has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
@@ -156,8 +160,9 @@ def sample_prompts(
     """Token ids of prompts that the model has written, to be continued with an answer.
 
     With chat, a prompt is the template with a user's words, up to where the answer begins; words of more than
-    max_tokens tokens are cut there. Without, it is the first max_tokens tokens of a text. Other texts than those of
-    `sample_windows` with the same seed. Arguments and errors as there.
+    max_tokens tokens are cut there. Without, it is the beginning token and max_tokens tokens of a text. These texts
+    are others than those of `sample_windows` with the same seed. The temperature is lower by default, as a small
+    model writes much that is no question at 1. Arguments and errors as there.
     """
     sampling = _checked(temperature, top_p, seed, prompts=prompts, max_tokens=max_tokens, batch=batch)
     turns = _turns(tokenizer, chat)
@@ -179,8 +184,8 @@ def sample_prompts(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells models apart: names, shapes and up to 1024 values, evenly spaced, of every parameter. It does
-    not depend on the dtype that a model was loaded with, as long as that keeps its stored numbers."""
+    """A hash of the weights: names, shapes and up to 2048 values, evenly spaced, of every parameter. It does not
+    depend on the dtype that a model was loaded with, as long as that keeps its stored numbers."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -261,8 +266,7 @@ def _uniforms(seed: int, numbers: Sequence[int], tokens: int, stream: int) -> np
 
 
 def _turns(tokenizer: Any, chat: bool | None) -> Turns | None:
-    wanted = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-    return chat_turns(tokenizer) if wanted else None
+    return chat_turns(tokenizer) if wants_chat(tokenizer, chat) else None
 
 
 def _begin(tokenizer: Any) -> tuple[int, ...]:
@@ -322,17 +326,9 @@ def _stored(folder: Path, about: dict[str, Any], windows: int) -> list[np.ndarra
 
 
 def _store(folder: Path, first: int, part: np.ndarray) -> None:
-    """Whole or not at all: a temporary sibling, flushed to disk, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".windows.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, part, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, _file(folder, first))
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = io.BytesIO()
+    np.save(content, part, allow_pickle=False)
+    write_bytes_atomic(_file(folder, first), content.getvalue())
 
 
 def _file(folder: Path, first: int) -> Path:
