@@ -115,6 +115,7 @@ def test_answers_to_prompts_of_the_parents_own(model, talks):
     document = json.loads(result.stdout)
     assert document["results"]["prompts"] == 5
     assert document["results"]["answers_equal"] == 1
+    assert (document["inputs"]["chat"], document["inputs"]["answers"]) == (True, 5)
     assert all(one["prompt"].startswith("# ask") for one in document["results"]["answer_examples"])
     assert set(document["basis"]) == set(document["results"])
     assert any("greedy" in line for line in document["assumptions"])

@@ -103,6 +103,8 @@ def test_right_answers_and_those_kept(parent, child, prompts):
         [] if n == 5 else ["nonsense"] if n % 4 == 0 or not words else ["nonsense", words[-1]]
         for n, words in enumerate(theirs)
     ]
+    gained = next(n for n in range(20) if n % 4 and n != 5 and ours[n] and ours[n][-1] not in theirs[n])
+    right[gained] = [ours[gained][-1]]  # here the child alone is right
     report = compare_answers(child, parent, tokenizer, prompts, right=right, max_tokens=MOST)
     known = [n for n in range(20) if right[n]]
     parents = [n for n in known if len(right[n]) == 2]
@@ -111,7 +113,7 @@ def test_right_answers_and_those_kept(parent, child, prompts):
     assert report.questions == 19
     assert report.parent_right_questions == len(parents)
     assert report.parent_right_answers == len(parents) / 19
-    assert report.right_answers == len(kept) / 19
+    assert report.right_answers == (len(kept) + 1) / 19
     assert report.right_answers_kept == len(kept) / len(parents)
     assert report.right_answers_kept_standard_error == share_and_error(len(kept), len(parents))[1] > 0
     nobody = compare_answers(child, parent, tokenizer, prompts[:2], right=[("nonsense",)] * 2, max_tokens=2)

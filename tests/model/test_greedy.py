@@ -67,6 +67,18 @@ def test_windows_shorter_than_a_prompt(name):
     ]
 
 
+def test_padding_takes_no_positions():
+    """Rotary embeddings see distances alone, so the answers above would not show it."""
+    model, seen = talker(), []
+
+    def note(module, args, given):
+        seen.append(given["position_ids"].tolist())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    greedy_answers(model, [[5, 6, 7, 8], [5, 6]], max_tokens=3)
+    assert seen == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2], [4]], [[3], [5]]]
+
+
 def test_mistakes():
     for asked, options, word in (
         ([[5], []], {}, "prompt has no tokens"),

@@ -126,24 +126,38 @@ def test_draw_against_a_loop(rows, entries, temperature, top_p, seed):
     for row, u, token in zip(logits, uniforms, got, strict=True):
         p = np.exp(row.astype(np.float64) / temperature)
         p /= p.sum()
-        order = list(range(entries)) if top_p == 1 else sorted(range(entries), key=lambda i: -p[i])
-        kept, mass = [], 0.0
-        for i in order:
+        kept, mass = set(), 0.0
+        for i in sorted(range(entries), key=lambda i: -p[i]):
             if mass < top_p:
-                kept.append(i)
+                kept.add(i)
             mass += p[i]
-        place = kept.index(token)  # in the nucleus at all
+        assert token in kept
         total = sum(p[i] for i in kept)
-        below = sum(p[i] for i in kept[:place])
+        below = sum(p[i] for i in kept if i < token)
         assert below / total - 1e-5 <= u <= (below + p[token]) / total + 1e-5
+
+
+def test_draw_from_more_than_the_likeliest_of_a_large_vocabulary():
+    """Whether the row beside it needs all of its entries sorted or not, a row gets the same token."""
+    flat, steep = torch.zeros(3000), torch.linspace(40, 0, 3000)
+    flat[:1500] = 1.0  # 0.73 of the probability, more of them than are looked at first
+    together = torch.stack([flat, steep])
+    for u in (0.0, 0.3, 0.9, 0.999):
+        uniforms = torch.tensor([u, u], dtype=torch.float64)
+        both = draw(together, uniforms, 1.0, 0.7).tolist()
+        assert both == [draw(row[None], uniforms[:1], 1.0, 0.7).item() for row in together]
+        assert both[0] == int(u * 1500)  # all that are as likely as the last one needed
+    assert max(both) < 1500
 
 
 def test_draw_takes_no_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2**-53):
         assert draw(logits, torch.tensor([u], dtype=torch.float64), 1.0).tolist() == [1]
-    with pytest.raises(GqaError, match="not numbers"):
-        draw(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64), 1.0)
+    for wrong in (torch.nan, torch.inf):
+        for top_p in (1.0, 0.5):
+            with pytest.raises(GqaError, match="not numbers"):
+                draw(torch.tensor([[0.0, wrong]]), torch.tensor([0.5], dtype=torch.float64), 1.0, top_p)
 
 
 def test_a_folder_keeps_windows_for_the_next_child(model, tmp_path, monkeypatch):

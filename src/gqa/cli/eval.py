@@ -163,6 +163,7 @@ def command(
     from gqa.evaluate.answers import compare_answers
     from gqa.evaluate.prompts import check_same_tokenizer, file_prompts, own_prompts
     from gqa.evaluate.recall import recall as measure_recall
+    from gqa.model.sample import wants_chat
 
     if parent_tokenizer is not None:
         check_same_tokenizer(tokenizer, parent_tokenizer)
@@ -227,7 +228,7 @@ def command(
             "answers": answers,
             "prompts_file": prompts_file and str(prompts_file),
             "answer_tokens": most if asks else None,
-            "chat": chat if asks else None,
+            "chat": wants_chat(tokenizer, chat) if asks else None,
             "tasks": tasks,
             "include_path": include_path,
             "limit": limit,

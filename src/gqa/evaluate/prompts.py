@@ -11,7 +11,7 @@ import numpy as np
 
 from gqa.errors import GqaError
 from gqa.model.generate import encode_prompt
-from gqa.model.sample import sample_prompts
+from gqa.model.sample import sample_prompts, wants_chat
 from gqa.progress import Progress, silent
 from gqa.text.prompts import Prompt
 
@@ -39,7 +39,7 @@ def own_prompts(
     """
     if count < 1:
         raise GqaError("a number of prompts is not positive", got=count, allowed="1 or more")
-    talks = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+    talks = wants_chat(tokenizer, chat)
     if talks or windows is None:
         length = {} if talks else {"max_tokens": BEGINNING}
         return sample_prompts(parent, tokenizer, prompts=count, chat=talks, seed=seed, progress=progress, **length)
@@ -59,7 +59,7 @@ def file_prompts(
 ) -> list[list[int]]:
     """Token ids of the prompts of a file; with chat (by default where the tokenizer has a template), as a user's turn
     in the template. Raises GqaError for chat without a template and for a prompt without tokens."""
-    talks = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+    talks = wants_chat(tokenizer, chat)
     return [encode_prompt(tokenizer, one.text, chat=talks)[0].tolist() for one in prompts]
 
 

@@ -13,9 +13,8 @@ exactly what a model predicts that reads the window: p(token | all tokens of the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from gqa.model.cache import GqaCache
 from gqa.model.generate import Sampling, chat_text, our_attention
 from gqa.model.serve import forward
 from gqa.progress import Progress, silent
-from gqa.record import write_text_atomic
+from gqa.record import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 BATCH = 128  # SmolLM2-135M in bf16, one core of an EPYC: 191 tokens/s at 32, 255 at 64, 307 at 128, 356 at 256
 _ABOUT = "gqa-sampled-text.json"
 _ROWS = 8  # distributions at a time: their sums over a large vocabulary then stay in the processor's cache
+_LIKELIEST = 1024
 _WINDOWS, _PROMPTS = 0, 1  # their random numbers differ, so that no prompt is a text of the windows
 
 
@@ -48,6 +48,11 @@ class Turns:
 
     start: tuple[int, ...]
     reply: tuple[int, ...]
+
+
+def wants_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """What was chosen; by default whether the model has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
@@ -156,8 +161,9 @@ def sample_prompts(
     """Token ids of prompts that the model has written, to be continued with an answer.
 
     With chat, a prompt is the template with a user's words, up to where the answer begins; words of more than
-    max_tokens tokens are cut there. Without, it is the first max_tokens tokens of a text. Other texts than those of
-    `sample_windows` with the same seed. Arguments and errors as there.
+    max_tokens tokens are cut there. Without, it is the beginning token and max_tokens tokens of a text. These texts
+    are others than those of `sample_windows` with the same seed. The temperature is lower by default, as a small
+    model writes much that is no question at 1. Arguments and errors as there.
     """
     sampling = _checked(temperature, top_p, seed, prompts=prompts, max_tokens=max_tokens, batch=batch)
     turns = _turns(tokenizer, chat)
@@ -179,8 +185,8 @@ def sample_prompts(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells models apart: names, shapes and up to 1024 values, evenly spaced, of every parameter. It does
-    not depend on the dtype that a model was loaded with, as long as that keeps its stored numbers."""
+    """A hash of the weights: names, shapes and up to 2048 values, evenly spaced, of every parameter. It does not
+    depend on the dtype that a model was loaded with, as long as that keeps its stored numbers."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -190,23 +196,32 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """Tokens (B,) from softmax(logits / temperature) (B, V), restricted to the fewest likeliest tokens that together
-    have the probability top_p: the first whose cumulated probability is above the uniform number (B,), in [0, 1), of
-    its row. Raises GqaError for logits that are not numbers."""
+    """Tokens (B,) from p = softmax(logits / temperature), logits (B, V), restricted to the fewest likeliest tokens that
+    together have the probability top_p, and to those as likely as the last of them.
+
+    A row's token is the first whose cumulated probability, in the order of the ids and as a share of those kept, is
+    above the row's uniform number (B,), in [0, 1). Raises GqaError for logits that are not numbers.
+    """
     drawn = []
     for piece, uniform in zip(logits.split(_ROWS), uniforms.to(logits.device).split(_ROWS), strict=True):
         p = torch.softmax(piece.float() / temperature, dim=-1).double()
-        order = None
-        if top_p < 1:
-            p, order = p.sort(dim=-1, descending=True, stable=True)
-            p = p.where(p.cumsum(-1) - p < top_p, 0.0)
-        cumulated = p.cumsum(-1)
-        total = cumulated[:, -1:]
-        if not total.isfinite().all():
+        if not p[:, 0].isfinite().all():  # one such logit makes a whole row NaN
             raise GqaError("the model's predictions are not numbers", got="NaN or infinite logits")
-        place = torch.searchsorted(cumulated, uniform[:, None] * total, right=True).clamp_(max=p.shape[1] - 1)
-        drawn.append((place if order is None else order.gather(1, place))[:, 0])
+        if top_p < 1:
+            p = p.where(p >= _least_kept(p, top_p), 0.0)
+        cumulated = p.cumsum(-1)
+        place = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+        drawn.append(place[:, 0].clamp_(max=p.shape[1] - 1))
     return torch.cat(drawn)
+
+
+def _least_kept(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability (B, 1) among the likeliest of p (B, V) that together have top_p."""
+    likeliest = p.topk(min(_LIKELIEST, p.shape[1])).values
+    if (likeliest.sum(-1) < top_p).any():  # seldom, and sorting all of a large vocabulary takes longer than the model
+        likeliest = p.sort(descending=True).values
+    kept = (likeliest.cumsum(-1) - likeliest < top_p).sum(-1, keepdim=True)
+    return likeliest.gather(1, kept - 1)
 
 
 class _Text:
@@ -261,8 +276,7 @@ def _uniforms(seed: int, numbers: Sequence[int], tokens: int, stream: int) -> np
 
 
 def _turns(tokenizer: Any, chat: bool | None) -> Turns | None:
-    wanted = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-    return chat_turns(tokenizer) if wanted else None
+    return chat_turns(tokenizer) if wants_chat(tokenizer, chat) else None
 
 
 def _begin(tokenizer: Any) -> tuple[int, ...]:
@@ -322,17 +336,9 @@ def _stored(folder: Path, about: dict[str, Any], windows: int) -> list[np.ndarra
 
 
 def _store(folder: Path, first: int, part: np.ndarray) -> None:
-    """Whole or not at all: a temporary sibling, flushed to disk, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".windows.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, part, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, _file(folder, first))
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = io.BytesIO()
+    np.save(content, part, allow_pickle=False)
+    write_bytes_atomic(_file(folder, first), content.getvalue())
 
 
 def _file(folder: Path, first: int) -> Path:
