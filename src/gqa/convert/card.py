@@ -149,9 +149,9 @@ def _distillation(distillation: Mapping[str, Any] | None) -> list[str]:
     if not distillation:
         return []
     return [
-        "Then all attentions were trained together against the parent's predictions, on "
-        f"{distillation['tokens']} tokens in {distillation['steps']} steps (Hinton et al. 2015, arXiv 1503.02531). KL to the parent in the last steps: "
-        f"{distillation['final_kl_to_parent_nats']:.3f} nats per token.",
+        "Then all attentions were trained together against the parent's predictions (Hinton et al. 2015, arXiv "
+        f"1503.02531): {distillation['tokens']} tokens in {distillation['steps']} steps. KL to the parent in the last "
+        f"steps: {distillation['final_kl_to_parent_nats']:.3f} nats per token.",
         "",
     ]
 

@@ -17,14 +17,13 @@ from gqa.storage import cache_folder
 from gqa.text import load_tokenizer
 from gqa.weights.reader import Checkpoint
 
-
 # At 1 a small model's text drifts into noise (docs/LOG.md).
 _TEMPERATURE = 0.8
 
 
 def own_text(folder: Path, windows: int, tokens: int, seed: int = 0, progress: Progress = silent) -> np.ndarray:
-    """Windows (N, T) of token ids that the model in `folder` writes at temperature 0.8: every second one begins with the
-    beginning of a text, the others with that of a user's turn, where there is a chat template.
+    """Windows (N, T) of token ids that the model in `folder` writes at temperature 0.8. Every second one begins with
+    the beginning of a text, the others with that of a user's turn, where there is a chat template.
 
     They are sampled once and kept in the cache folder, by model, window and seed; a later call adds what is missing.
     The model runs in bf16 where its device multiplies that faster, else in fp32.
