@@ -26,6 +26,9 @@ _WINDOW = 256
 
 _WORTH_TELLING_SECONDS = 10
 
+# Prompts whose answers are compared after a conversion: enough to see a model that answers no more.
+_ANSWERS = 24
+
 # What `--calibrate` calls text that the parent writes itself.
 _SELF = "self"
 
@@ -130,6 +133,13 @@ class _Command(output.Command):
     type=click.Choice(PRECISIONS),
     help="Of the distillation's products.  [default: bf16 where the device multiplies it faster, else fp32]",
 )
+@click.option(
+    "--answers",
+    type=int,
+    metavar="N",
+    help="Prompts, written by MODEL, to which the answers of MODEL and OUT are compared; 0 for none.  [default: "
+    f"{_ANSWERS} where there is text to measure on]",
+)
 @click.option("--grouping", type=click.Choice(GROUPINGS), help="Which heads share.  [default: by method]")
 @click.option("--refit/--no-refit", default=None, help="Fit W_q, W_k, W_o to the parent.  [default: by method]")
 @click.option("--memory", metavar="SIZE", help="What the conversion may take, such as 8GiB.  [default: what is free]")
@@ -158,6 +168,7 @@ def command(
     distill_batch: int,
     distill_rate: float,
     precision: Any,
+    answers: int | None,
     grouping: Any,
     refit: bool | None,
     memory: str | None,
@@ -202,6 +213,7 @@ def command(
         window=min(_WINDOW, context) if window is None else window,
         measure_tokens=parse_tokens(measure) if texts and measure != "0" else 0,
         seed=seed,
+        answers=(_ANSWERS if texts and measure != "0" else 0) if answers is None else answers,
         distill_tokens=parse_tokens(distill) if distill else 0,
         distill_window=min(distill_window, context),
         distill_batch=distill_batch,
@@ -237,6 +249,10 @@ def command(
         output.note(f"note: this takes about {format_seconds(seconds)}{' each' if search else ''} (estimate)")
     windows = None
     how: Any = {"texts": inputs["texts"], "memory_bytes": memory_bytes, "device": device}
+    if recipe.answers:
+        from gqa.evaluate.conversion import compare_answers
+
+        how["compare_answers"] = compare_answers
     with output.progress() as progress:
         if (recipe.all_windows or recipe.distill_tokens) and not job.exact:
             cut = _cut(recipe, source, text, len(files) < len(texts), progress)
@@ -327,6 +343,8 @@ def _print_report(report: dict[str, Any]) -> None:
             f"perplexity on {one['tokens']} tokens of the text that no fit has seen (measured): "
             f"{one['perplexity_parent']:.3f} -> {steps}{one['perplexity']:.3f} ({_change(one):+.2%})"
         )
+    if answers := report.get("answers"):
+        _print_answers(answers)
     errors = [(layer["hidden_error"], layer["layer"]) for layer in report["layers"] if "hidden_error" in layer]
     if errors:
         (worst, where), (last, _) = max(errors), errors[-1]
@@ -335,6 +353,17 @@ def _print_report(report: dict[str, Any]) -> None:
             f"hidden states on {seen} are off (relative squared distance, measured): "
             f"{last:.3%} behind the last layer, at most {worst:.3%} behind layer {where}"
         )
+
+
+def _print_answers(answers: dict[str, Any]) -> None:
+    if "not_compared" in answers:
+        output.note(f"note: answers were not compared: {answers['not_compared'].splitlines()[0]}")
+        return
+    output.data(
+        f"answers to {answers['prompts']} prompts that the parent wrote (greedy, measured): "
+        f"{answers['answers_equal']:.0%} equal to the parent's, {answers['degenerate_answers']:.0%} repeat themselves "
+        f"(parent {answers['parent_degenerate_answers']:.0%}), KL {answers['answers_kl_nats']:.3f} nats per token"
+    )
 
 
 def _change(measured: dict[str, Any]) -> float:

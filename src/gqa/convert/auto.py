@@ -14,7 +14,7 @@ import numpy as np
 from gqa.config import kv_head_choices, parse_config
 from gqa.convert.job import plan_conversion
 from gqa.convert.recipe import Recipe
-from gqa.convert.run import convert
+from gqa.convert.run import CompareAnswers, Distill, convert
 from gqa.errors import GqaError
 from gqa.progress import Progress, silent
 from gqa.record import write_text_atomic
@@ -50,6 +50,9 @@ def convert_within(
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
     device: str = "cpu",
+    distill: Distill | None = None,
+    distill_windows: np.ndarray | None = None,
+    compare_answers: CompareAnswers | None = None,
 ) -> dict[str, Any]:
     """`convert` to the first number of KV heads among `choices` that keeps the measured perplexity within 1 + budget
     times the parent's; recipe.kv_heads counts for nothing. Each is converted and measured; OUT is written for the
@@ -62,7 +65,7 @@ def convert_within(
     out = Path(out)
     notes = out.with_name(out.name + ".tried.json")
     job = plan_conversion(source, dataclasses.replace(recipe, kv_heads=choices[0]))
-    identity = job.identify(windows) | {"recipe": dataclasses.replace(recipe, kv_heads=1).to_dict()}
+    identity = job.identify(windows, distill_windows) | {"recipe": dataclasses.replace(recipe, kv_heads=1).to_dict()}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     tried = _read(notes, name)
     for kv_heads in choices:
@@ -80,6 +83,9 @@ def convert_within(
             memory_bytes=memory_bytes,
             budget=budget,
             device=device,
+            distill=distill,
+            distill_windows=distill_windows,
+            compare_answers=compare_answers,
         )
         if report["within_budget"]:
             notes.unlink(missing_ok=True)

@@ -32,6 +32,8 @@ def convert_command(model: str, out: str, recipe: Recipe, texts: Sequence[str]) 
         if recipe.calibration_tokens:
             words += ["--calibration-tokens", str(recipe.calibration_tokens)]
         words += ["--window", str(recipe.window), "--measure", str(recipe.measure_tokens)]
+    if recipe.measure_tokens:
+        words += ["--answers", str(recipe.answers)]
     if recipe.refine_tokens:
         words += ["--refine", str(recipe.refine_tokens), "--refine-steps", str(recipe.refine_steps)]
     if recipe.distill_tokens:
@@ -96,6 +98,7 @@ def model_card(report: Mapping[str, Any], out_name: str) -> str:
         f"| weight files | {format_bytes(report['bytes_parent'])} | {format_bytes(report['bytes'])} |",
         *_measured(report.get("measured")),
         *_measured(report.get("measured_before_distillation"), ", before the distillation"),
+        *_answers(report.get("answers")),
         "",
         "## How it was made",
         "",
@@ -154,6 +157,22 @@ def _distillation(distillation: Mapping[str, Any] | None) -> list[str]:
         f"steps: {distillation['final_kl_to_parent_nats']:.3f} nats per token.",
         "",
     ]
+
+
+def _answers(answers: Mapping[str, Any] | None) -> list[str]:
+    if not answers or "not_compared" in answers:
+        return []
+    what = f"greedy answers to {answers['prompts']} prompts of the parent's own"
+    return [
+        f"| {what}, equal to the parent's | | {_share(answers, 'answers_equal')} |",
+        f"| ... that repeat themselves | {_share(answers, 'parent_degenerate_answers')} "
+        f"| {_share(answers, 'degenerate_answers')} |",
+        f"| KL on the parent's answers, nats per token | | {answers['answers_kl_nats']:.3f} |",
+    ]
+
+
+def _share(figures: Mapping[str, Any], name: str) -> str:
+    return f"{figures[name]:.0%} ± {figures[name + '_standard_error']:.0%}"
 
 
 def _percent(share: float | None) -> str:

@@ -152,6 +152,8 @@ class Job:
             steps += [f"refine on {recipe.refine_tokens} tokens, {recipe.refine_steps} steps", "refit W_o"]
         if recipe.distill_tokens:
             steps.append(f"distill all attentions together on {recipe.distill_tokens} tokens")
+        if recipe.answers:
+            steps.append(f"compare the answers to {recipe.answers} prompts with the parent's")
         if recipe.measure_tokens:
             steps.append(f"compare with the parent on {recipe.measure_tokens} further tokens")
         return steps

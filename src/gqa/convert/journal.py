@@ -36,6 +36,7 @@ class Journal:
         self.measured: dict[str, Any] | None = None
         self.distilled: dict[str, Any] | None = None  # the report of a finished distillation
         self.measured_distilled: dict[str, Any] | None = None
+        self.answers: dict[str, Any] | None = None
         self._identity: Mapping[str, Any] = {}
 
     @property
@@ -117,6 +118,10 @@ class Journal:
             layer["hidden_error"] = error
         self._write()
 
+    def finish_answers(self, answers: dict[str, Any]) -> None:
+        self.answers = answers
+        self._write()
+
     def discard(self) -> None:
         """Remove the work folder, the journal last: what a kill leaves is still known as ours."""
         shutil.rmtree(self.result, ignore_errors=True)
@@ -144,6 +149,7 @@ class Journal:
             self.reports, self.measured = document["layers"], document.get("measured")
             self.distilled = document.get("distilled")
             self.measured_distilled = document.get("measured_distilled")
+            self.answers = document.get("answers")
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -171,6 +177,8 @@ class Journal:
         document["measured"] = self.measured
         if self.distilled is not None:
             document |= {"distilled": self.distilled, "measured_distilled": self.measured_distilled}
+        if self.answers is not None:
+            document["answers"] = self.answers
         write_text_atomic(self.folder / "journal.json", json.dumps(document, allow_nan=False))
         sync_folder(self.folder)
 

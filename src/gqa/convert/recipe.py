@@ -32,7 +32,7 @@ class Recipe:
     `distill_learning_rate`, with products in `distill_precision`.
     calibration_tokens: tokens whose activations weigh the errors (0: none, no text is needed). window: tokens per
     window of that text. measure_tokens: further tokens, which no fit sees, on which parent and child are compared at
-    the end (0: none).
+    the end (0: none). answers: prompts that both answer at the end, and whose answers are compared (0: none).
 
     Raises GqaError for a value out of range, and where text is needed and there is none.
     """
@@ -48,6 +48,7 @@ class Recipe:
     window: int = 256
     measure_tokens: int = 0
     seed: int = 0
+    answers: int = 0
     distill_tokens: int = 0
     distill_window: int = 256
     distill_batch: int = 4
@@ -70,6 +71,7 @@ class Recipe:
             "window": 2,
             "measure_tokens": 0,
             "seed": 0,
+            "answers": 0,
             "distill_tokens": 0,
             "distill_window": 2,
             "distill_batch": 1,
@@ -117,7 +119,7 @@ class Recipe:
     @property
     def without_distillation(self) -> Recipe:
         """The conversion that a distillation starts from."""
-        return dataclasses.replace(self, distill_tokens=0)
+        return dataclasses.replace(self, distill_tokens=0, answers=0)
 
     @property
     def windows(self) -> int:
@@ -130,10 +132,12 @@ class Recipe:
         return self.windows + self.measure_tokens // self.window
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; without the distillation's settings where there is none, so that a recipe from before they existed
-        reads the same."""
+        """As JSON; without the settings of a distillation and of answers where there are none, so that a recipe from
+        before they existed reads the same."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if self.distill_tokens or not name.startswith("distill_")}
+        unused = {name for name in fields if name.startswith("distill_") and not self.distill_tokens}
+        unused |= set() if self.answers else {"answers"}
+        return {name: value for name, value in fields.items() if name not in unused}
 
     @property
     def hash(self) -> str:
@@ -153,12 +157,13 @@ def make_recipe(
     window: int = 256,
     measure_tokens: int = 0,
     seed: int = 0,
-    **distillation: Any,
+    **others: Any,
 ) -> Recipe:
     """A Recipe with what was not said filled in.
 
     svd and procrustes search the grouping and, where there is calibration text, refit W_q, W_k and W_o; mean, first
-    and random are the published baselines: contiguous groups, nothing fitted. distillation: the `distill_` fields.
+    and random are the published baselines: contiguous groups, nothing fitted. others: `answers` and the `distill_`
+    fields.
     """
     baseline = method in BASELINES
     return Recipe(
@@ -172,5 +177,5 @@ def make_recipe(
         window=window,
         measure_tokens=measure_tokens,
         seed=seed,
-        **distillation,
+        **others,
     )

@@ -111,6 +111,7 @@ def describe(
             if journal.distilled
             else {}
         ),
+        **({"answers": journal.answers} if journal.answers else {}),
         "layers": list(layers),
         "approximations": [*approximations(job.recipe, job.parent.kv_heads), *(() if job.exact else job.layout.notes)],
         "file": REPORT,
@@ -122,19 +123,22 @@ def _kv_bytes_per_token(shape: ModelShape, key: TensorEntry) -> int:
     return sum(layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in shape.layers) * DTYPE_BYTES[key.dtype]
 
 
+def write_config(job: Job, result: Path) -> None:
+    """config.json and the index of the shards: with them the result loads."""
+    write_text_atomic(result / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
+    if job.checkpoint.sharded:
+        write_index(result / INDEX, job.shards)
+
+
 def write_text_files(
-    job: Job,
     result: Path,
     report: Mapping[str, Any],
     out: Path,
     identity: Mapping[str, Any],
     shards: Mapping[str, Any],
 ) -> None:
-    """config.json, the index of the shards, the model card and the report for programs, with the hashes of all that
-    was written. shards: those of the weight files, as hash_shard gives them."""
-    write_text_atomic(result / "config.json", json.dumps(job.config, indent=2, ensure_ascii=False) + "\n")
-    if job.checkpoint.sharded:
-        write_index(result / INDEX, job.shards)
+    """The model card and the report for programs, with the hashes of all that was written. shards: those of the weight
+    files, as hash_shard gives them."""
     write_text_atomic(result / "README.md", model_card(report, out.name))
     document = {"format": _FORMAT, "identity": identity, "report": report, "versions": describe_versions()}
     files = sorted(path for path in result.rglob("*") if path.is_file() and path.name not in shards)

@@ -24,7 +24,15 @@ from gqa.convert.journal import Journal, locked, work_folder
 from gqa.convert.memory import keeps_states_in_files, states_bytes, training_disk_bytes
 from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
-from gqa.convert.result import already_done, copy_small_files, describe, small_bytes, verify, write_text_files
+from gqa.convert.result import (
+    already_done,
+    copy_small_files,
+    describe,
+    small_bytes,
+    verify,
+    write_config,
+    write_text_files,
+)
 from gqa.convert.stored import StoredLayer, as_stored, changed_tensors
 from gqa.device import check_device
 from gqa.errors import GqaError, TrainingError
@@ -46,6 +54,7 @@ def convert(
     *,
     distill: Distill | None = None,
     distill_windows: np.ndarray | None = None,
+    compare_answers: CompareAnswers | None = None,
     texts: Sequence[str] = (),
     memory_bytes: int | None = None,
     budget: float | None = None,
@@ -56,11 +65,12 @@ def convert(
     windows: (N, recipe.window) token ids of calibration text, where the recipe wants any; texts: the names of the
     files they came from, for the model card. distill, distill_windows: for a recipe with distill_tokens, what trains
     (`gqa.uptrain.distill_attentions`) and (recipe.distill_windows, recipe.distill_window) token ids to train on.
-    budget: OUT is only made if the perplexity that the recipe measures is at
-    most 1 + budget times the parent's; the report's `within_budget` says whether it was. memory_bytes: what the process
-    may take, by an estimate (by default what is free): memory holds one layer's tensors at a time, and the calibration
-    activations unless they have to go to files. device: where the calculations run that are not mere pooling. Returns
-    the report: sizes before and after, and per layer what was done and lost.
+    compare_answers: for a recipe with answers, what compares them (`gqa.evaluate.conversion.compare_answers`).
+    budget: OUT is only made if the perplexity that the recipe measures is at most 1 + budget times the parent's; the
+    report's `within_budget` says whether it was. memory_bytes: what the process may take, by an estimate (by default
+    what is free): memory holds one layer's tensors at a time, and the calibration activations unless they have to go
+    to files; a distillation holds the whole model. device: where the calculations run that are not mere pooling.
+    Returns the report: sizes before and after, and per layer what was done and lost.
 
     OUT appears complete, by one rename. Until then all lies in OUT.partial, where a run that was killed, or ran out
     of space, goes on when it is called again with the same arguments. OUT from this same conversion: its report is
@@ -94,7 +104,9 @@ def convert(
                 journal.discard()
                 return _judged(report, budget)
             calibration = _Calibration(windows, journal.states if in_files else None, device)
-            report = _work(job, journal, out, identity, calibration, distillation, progress, texts, budget)
+            report = _work(
+                job, journal, out, identity, calibration, distillation, compare_answers, progress, texts, budget
+            )
     except OSError as error:
         raise _disk_error(out, error) from None
     report = {**report, "out": str(out), "already_done": False, "seconds": time.perf_counter() - started}
@@ -120,6 +132,14 @@ class Distill(Protocol):
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
 
+class CompareAnswers(Protocol):
+    """Compares the answers of two model folders, parent and child, to so many prompts; returns figures by name."""
+
+    def __call__(
+        self, parent: Path, child: Path, prompts: int, *, seed: int, device: str, progress: Progress
+    ) -> dict[str, Any]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _Distillation:
     distill: Distill
@@ -143,6 +163,7 @@ def _work(
     identity: Mapping[str, Any],
     calibration: _Calibration,
     distillation: _Distillation | None,
+    compare_answers: CompareAnswers | None,
     progress: Progress,
     texts: Sequence[str],
     budget: float | None,
@@ -160,8 +181,11 @@ def _work(
             return {"kv_heads": job.recipe.kv_heads, "measured": measured}
         hashes = write_shards(job, journal, progress)
         copy_small_files(job.folder, journal.result)
+        write_config(job, journal.result)
+        if job.recipe.answers and not job.exact and journal.answers is None:
+            journal.finish_answers(_compare_answers(job, journal, compare_answers, calibration.device, progress))
         report = describe(job, reports, identity, texts, journal)
-        write_text_files(job, journal.result, report, out, identity, hashes)
+        write_text_files(journal.result, report, out, identity, hashes)
         verify(job, journal.result)
         job.checkpoint.check_unchanged()
     except TrainingError:
@@ -234,6 +258,18 @@ def _convert_layers(job: Job, journal: Journal, calibration: _Calibration, progr
         progress("compare with the parent", 1, 1)
     journal.forget_states()
     return journal.reports
+
+
+def _compare_answers(
+    job: Job, journal: Journal, compare: CompareAnswers | None, device: str, progress: Progress
+) -> dict[str, Any]:
+    """The figures, or why there are none: what is converted is not lost because its answers cannot be compared."""
+    assert compare is not None, "a recipe with answers needs what compares them"
+    recipe = job.recipe
+    try:
+        return compare(job.folder, journal.result, recipe.answers, seed=recipe.seed, device=device, progress=progress)
+    except GqaError as error:
+        return {"not_compared": str(error)}
 
 
 def _distill(
