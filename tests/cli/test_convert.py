@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.checkpoints import folder_hashes, tiny_config, write_checkpoint
+from helpers.talker import talker, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gqa.cli.main import main
@@ -123,6 +125,46 @@ def test_the_fewest_heads_within_a_budget(parent, monkeypatch):
     assert record["results"]["within_budget"]
     assert record["results"]["tried"] == []
     assert {path.name for path in Path().iterdir()} == {"text.txt", "out"}
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A tiny model that can write text of its own, questions and answers."""
+    folder = tmp_path_factory.mktemp("writer") / "parent"
+    talker(4, dtype=torch.float32).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_distilled_on_text_that_the_parent_writes(writer, monkeypatch, tmp_path):
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 90 + 4}" for i in range(2000)))
+    arguments = [writer, "out", "--kv-heads", 2, "--calibrate", "text.txt", "--calibrate", "self", "--window", 16]
+    arguments += ["--calibration-tokens", 256, "--measure", 64, "--answers", 3]
+    arguments += ["--distill", 512, "--distill-window", 16]
+    code, out, err = gqa(*arguments)
+    assert code == 0, err
+    assert "-> distilled " in out
+    assert "answers to 3 prompts that the parent wrote (greedy, measured)" in out
+    report = json.loads((tmp_path / "out" / "gqa-conversion.json").read_text())["report"]
+    assert report["distillation"]["tokens"] == 512
+    assert report["answers"]["prompts"] == 3
+    assert any((tmp_path / "cache").glob("own-text-*"))
+    before = folder_hashes(tmp_path / "out")
+    code, out, _ = gqa(*arguments)
+    assert code == 0
+    assert "was converted already" in out
+    assert folder_hashes(tmp_path / "out") == before
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "512 tokens in 8 steps" in card
+    assert "greedy answers to 3 prompts" in card
+
+
+def test_a_distillation_without_text_is_refused(writer):
+    code, _, err = gqa(writer, "out", "--kv-heads", 2, "--distill", "1k")
+    assert code == 2
+    assert "a distillation reads text" in err
+    assert not Path("out").exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(parent):
