@@ -124,9 +124,9 @@ class _Command(output.Command):
 @click.option(
     "--distill-window", type=int, default=256, show_default=True, help="Tokens per window of the distillation."
 )
-@click.option("--distill-batch", type=int, default=4, show_default=True, help="Windows per step of the distillation.")
+@click.option("--distill-batch", type=int, default=2, show_default=True, help="Windows per step of the distillation.")
 @click.option(
-    "--distill-rate", type=float, default=6e-4, show_default=True, help="Peak learning rate of the distillation."
+    "--distill-rate", type=float, default=5e-4, show_default=True, help="Peak learning rate of the distillation."
 )
 @click.option(
     "--precision",

@@ -51,8 +51,8 @@ class Recipe:
     answers: int = 0
     distill_tokens: int = 0
     distill_window: int = 256
-    distill_batch: int = 4
-    distill_learning_rate: float = 6e-4
+    distill_batch: int = 2
+    distill_learning_rate: float = 5e-4
     distill_precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
