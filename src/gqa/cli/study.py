@@ -235,7 +235,7 @@ def _embedded(window: int | None, seed: int) -> tuple[Source, StudyText, dict[st
     parent = embedded_parent()
     text = from_corpus(stdlib_corpus(), parent.folder, window or _WINDOW, seed)
     training = {"train_tokens": parent.train_tokens, "train_seconds": parent.train_seconds}
-    source = dataclasses.replace(open_checkpoint(str(parent.folder)), name="stdlib-llama")
+    source = dataclasses.replace(open_checkpoint(str(parent.folder)), name="python-llama")
     return source, text, training
 
 
