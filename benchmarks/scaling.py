@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from session import RESULTS, slug
+from session import RESULTS, WORK, slug
 
 from gqa.bench.document import record
 from gqa.convert.recipe import Recipe, make_recipe
@@ -37,13 +37,15 @@ from gqa.evaluate import evaluate, load_model, remember
 from gqa.record import Record, describe_machine, read_record
 from gqa.source import open_checkpoint
 from gqa.study.corpus import StudyText, from_corpus
-from gqa.study.embedded import Corpus, EmbeddedRecipe, embedded_parent
+from gqa.study.embedded import Corpus
+from gqa.study.train_parent import ParentRecipe, train_parent
+from gqa.text import read_text
 
 SIZES = {
-    "1M": EmbeddedRecipe(vocabulary=4096, hidden=128, intermediate=320, layers=4),
-    "5M": EmbeddedRecipe(vocabulary=4096, hidden=256, intermediate=640, layers=6),
-    "15M": EmbeddedRecipe(vocabulary=4096, hidden=384, intermediate=1024, layers=8),
-    "60M": EmbeddedRecipe(vocabulary=4096, hidden=768, intermediate=2048, layers=8),
+    "1M": ParentRecipe(vocabulary=4096, hidden=128, intermediate=320, layers=4),
+    "5M": ParentRecipe(vocabulary=4096, hidden=256, intermediate=640, layers=6),
+    "15M": ParentRecipe(vocabulary=4096, hidden=384, intermediate=1024, layers=8),
+    "60M": ParentRecipe(vocabulary=4096, hidden=768, intermediate=2048, layers=8),
 }
 STEPS = (1200, 300)  # of BATCH windows
 BATCH, WINDOW = 64, 256
@@ -87,7 +89,7 @@ def _is_utf8(content: bytes) -> bool:
         return False
 
 
-def parents(sizes: Sequence[str], steps: Sequence[int]) -> Iterator[tuple[str, EmbeddedRecipe]]:
+def parents(sizes: Sequence[str], steps: Sequence[int]) -> Iterator[tuple[str, ParentRecipe]]:
     for size, count in itertools.product(sizes, steps):
         yield size, dataclasses.replace(SIZES[size], steps=count, batch=BATCH, window=WINDOW, checkpoint_steps=200)
 
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--sizes", nargs="+", default=["1M", "5M", "15M"], choices=SIZES)
     options.add_argument("--steps", nargs="+", type=int, default=list(STEPS), help="of the parents' training")
     options.add_argument("--join", nargs="+", type=Path, help="only put these records together")
+    options.add_argument("--work", type=Path, default=WORK / "scaling", help="where parents are kept  [%(default)s]")
     options.add_argument("--out", type=Path, help="the record's path")
     chosen = options.parse_args(arguments)
     device = default_device()
@@ -122,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows: list[dict[str, Any]] = list(read_record(path).results["scaling"]) if path.exists() else []
     corpus = installed_corpus()
+    texts = [read_text([path]) for path in corpus.train]
     for size, recipe in parents(chosen.sizes, chosen.steps):
-        parent = embedded_parent(recipe, tell, corpus, device)
+        parent = train_parent(recipe, texts, chosen.work / f"{size}-{recipe.steps}-steps", tell, device)
         facts = {
             "size": size,
             "parameters": parent.parameters,

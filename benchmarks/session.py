@@ -19,6 +19,7 @@ from gqa.bench.problem import TORCH_DTYPES, Problem
 from gqa.record import Record, read_record
 
 RESULTS = Path(__file__).with_name("results")
+WORK = Path("build")  # where models lie meanwhile; git does not see it
 RECENT_ROWS = 8
 
 

@@ -3,14 +3,15 @@
     python benchmarks/uptraining.py                          everything: about an hour on 2 cores
     python benchmarks/uptraining.py --parts curve --methods mean svd+refine --alphas 0 0.05
 
-curve: the study's parent (8 KV heads) converted to 2 and 1 in every way, then trained on alpha of the parent's own
-training tokens, with the parent as teacher; the control is the parent itself, trained on the same tokens with the same
-schedule. Each alpha is a run of its own, as the learning rate falls to zero at the end of each. A seed decides which
-windows are trained on and in which order, which head `random` takes and the order of refinement's text; the parent, the
-text and the test windows are the same for all seeds, and so are the conversions that do not depend on chance.
+curve: a parent that is trained for minutes (8 KV heads) converted to 2 and 1 in every way, then trained on alpha of the
+parent's own training tokens, with the parent as teacher; the control is the parent itself, trained on the same tokens
+with the same schedule. Each alpha is a run of its own, as the learning rate falls to zero at the end of each. A seed
+decides which windows are trained on and in which order, which head `random` takes and the order of refinement's text;
+the parent, the text and the test windows are the same for all seeds, and so are the conversions that do not depend on
+chance.
 cost: seconds of a training step over the dial, in turns, and its FLOPs as the planner predicts them.
 recall: numbers that are found again, and loss over the context, of a parent trained to recall and its children.
-The record is written a row at a time; rows that are in it already are kept. Models lie in the cache meanwhile.
+The record is written a row at a time; rows that are in it already are kept. Models lie in --work meanwhile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from session import RESULTS, slug
+from session import RESULTS, WORK, slug
 from uptraining_cost import step_rows
 from uptraining_recall import look_back
 
@@ -42,13 +43,14 @@ from gqa.evaluate import load_model
 from gqa.evaluate.perplexity import mean_and_error, token_losses
 from gqa.record import describe_machine, read_record, write_text_atomic
 from gqa.source import open_checkpoint
-from gqa.storage import cache_folder
 from gqa.study.corpus import StudyText, from_corpus
-from gqa.study.embedded import EmbeddedParent, EmbeddedRecipe, embedded_parent, stdlib_corpus
+from gqa.study.embedded import Parent, stdlib_corpus
+from gqa.study.train_parent import ParentRecipe, train_parent
+from gqa.text import read_text
 from gqa.uptrain import Settings, training_windows, uptrain
 
 COMMAND = "benchmark uptraining"
-PARENT = EmbeddedRecipe()
+PARENT = ParentRecipe(vocabulary=2048, intermediate=512, batch=8, steps=300, warmup_steps=20)
 WINDOWS = 128  # of calibration, and of test
 CONTROL, TAUGHT = "control", "control with teacher"
 METHODS = ("svd+refine", "mean", "svd", "procrustes", "first", "random")
@@ -97,7 +99,7 @@ def begin(path: Path, inputs: dict[str, Any]) -> Run:
 class Bench:
     """A parent, its text, and the models made of it, which lie in `work` as long as they are needed."""
 
-    def __init__(self, parent: EmbeddedParent, text: StudyText, windows: int, work: Path) -> None:
+    def __init__(self, parent: Parent, text: StudyText, windows: int, work: Path) -> None:
         self.parent, self.text, self.windows, self.work = parent, text, windows, work
         self.test = torch.from_numpy(text.test[:windows])
         self._digest = hashlib.sha256(text.test[:windows].tobytes()).hexdigest()[:8]
@@ -293,15 +295,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--again", action="store_true", help="measure the cost anew, as on a machine that is quiet now"
     )
-    options.add_argument("--work", type=Path, help="where models lie meanwhile  [gqa's cache]")
+    options.add_argument("--work", type=Path, default=WORK / "uptraining", help="where models are kept  [%(default)s]")
     options.add_argument("--out", type=Path, help="the record's path")
     chosen = options.parse_args(arguments)
     machine = describe_machine()
     path = chosen.out or RESULTS / f"{machine['cores']}-core-{slug(str(machine['processor']))}-uptraining.json"
-    parent = embedded_parent(PARENT, tell)
-    text = from_corpus(stdlib_corpus(), parent.folder, PARENT.window)
+    corpus = stdlib_corpus()
+    parent = train_parent(PARENT, [read_text([path]) for path in corpus.train], chosen.work / "trained-parent", tell)
+    text = from_corpus(corpus, parent.folder, PARENT.window)
     inputs = {
-        "parent": parent.folder.name,
+        "parent": dataclasses.asdict(PARENT),
         "parent_train_tokens": parent.train_tokens,
         "window": PARENT.window,
         "test_tokens": text.test[: chosen.windows].size,
@@ -309,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch_windows": BATCH,
     }
     run = begin(path, inputs)
-    bench = Bench(parent, text, chosen.windows, chosen.work or cache_folder() / f"uptraining-{parent.folder.name}")
+    bench = Bench(parent, text, chosen.windows, chosen.work)
     if "curve" in chosen.parts:
         curve(run, bench, chosen.kv_heads, chosen)
     if "cost" in chosen.parts and (chosen.again or "cost" not in run.results):

@@ -1,6 +1,6 @@
 """Recall and loss over the context, of a parent that can recall and of its children: a part of uptraining.py.
 
-The study's parent has read too little to find anything again, so this one is trained on the task itself: lines that
+The curve's parent has read too little to find anything again, so this one is trained on the task itself: lines that
 give a name a number, said again later, between lines of the standard library's text. Its names and numbers are other
 draws than those of the evaluation. Contexts grow while it learns. Its children are converted and not trained.
 """

@@ -67,7 +67,6 @@ def test_a_file_belongs_to_one_part_and_counts_once(scaling, tmp_path, monkeypat
 
 def test_a_run_goes_on_and_keeps_its_rows(scaling, tmp_path, monkeypatch):
     corpus = small_corpus(tmp_path)
-    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scaling, "installed_corpus", lambda: corpus)
     monkeypatch.setattr(scaling, "SIZES", {"1M": RECIPE})
     for name, value in {"BATCH": 4, "WINDOW": 32, "KV_HEADS": (2,), "CALIBRATION": (4, 8), "TEST": 4}.items():
@@ -77,7 +76,7 @@ def test_a_run_goes_on_and_keeps_its_rows(scaling, tmp_path, monkeypatch):
     whole = scaling.recipes
     monkeypatch.setattr(scaling, "recipes", lambda n: [one for one in whole(n) if one[0] != "svd, refined"])
     path = tmp_path / "scaling.json"
-    asked = ["--sizes", "1M", "--steps", "12", "--out", str(path)]
+    asked = ["--sizes", "1M", "--steps", "12", "--out", str(path), "--work", str(tmp_path / "work")]
     scaling.main(asked)
     first = read_record(path).results["scaling"]
     assert [(row["method"], row["calibration_tokens"]) for row in first] == [

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers.small import RECIPE, small_corpus
+from helpers.small import RECIPE, small_corpus, small_parent
 
 from gqa.config import parse_config
 from gqa.plan.training import training_flops_per_token
@@ -22,9 +22,8 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def uptraining(script, monkeypatch, corpus, tmp_path_factory):
+def uptraining(script, monkeypatch, corpus):
     module = script("uptraining")
-    monkeypatch.setenv("GQA_CACHE", str(tmp_path_factory.getbasetemp() / "uptraining-cache"))
     monkeypatch.setattr(module, "PARENT", RECIPE)
     monkeypatch.setattr(module, "stdlib_corpus", lambda: corpus)
     monkeypatch.setattr("gqa.bench.document.commit", lambda: "0123456789ab")
@@ -59,6 +58,7 @@ def test_rows_and_what_follows_from_them(uptraining, tmp_path, monkeypatch):
     assert verdict["within"] == (sum(times) / 2 <= 1.01)
     assert {path.name for path in (tmp_path / "work").iterdir()} == {
         "losses",
+        "trained-parent",
         "kv2-mean-s0",
         "kv2-svd-refine-s0",
         "kv2-svd-refine-s1",
@@ -95,7 +95,7 @@ def test_a_record_of_another_parent_is_refused(uptraining, tmp_path, monkeypatch
     uptraining.main(arguments(tmp_path, "--methods", "mean", "--alphas", "0"))
     monkeypatch.setattr(uptraining, "PARENT", dataclasses.replace(RECIPE, seed=1))
     with pytest.raises(SystemExit, match="parent"):
-        uptraining.main(arguments(tmp_path))
+        uptraining.main(arguments(tmp_path, "--work", str(tmp_path / "other")))
 
 
 def test_spread_is_over_seeds(uptraining):
@@ -124,7 +124,7 @@ def test_cost_has_every_stop_with_the_planners_flops(uptraining, tmp_path):
     uptraining.main(arguments(tmp_path, "--parts", "cost", "--repeats", "2"))
     rows = read_record(tmp_path / "record.json").results["cost"]
     assert [(row["kv_heads"], row["teacher"]) for row in rows] == [(n, t) for n in (4, 2, 1) for t in (False, True)]
-    parent = uptraining.embedded_parent(RECIPE, corpus=uptraining.stdlib_corpus()).folder
+    parent = tmp_path / "work" / "trained-parent"
     shape = parse_config(open_checkpoint(str(parent)).config, "parent")
     full = (training_flops_per_token(shape, 32) or 0) * 8 * 32
     for row in rows:
@@ -174,9 +174,8 @@ def test_recall_of_parent_and_children(uptraining, recalling, tmp_path):
     assert len(before) > 0
 
 
-def test_every_loud_number_was_said_before(uptraining, recalling):
-    parent = uptraining.embedded_parent(RECIPE, corpus=uptraining.stdlib_corpus()).folder
-    tokenizer = load_tokenizer(parent)
+def test_every_loud_number_was_said_before(recalling, tmp_path):
+    tokenizer = load_tokenizer(small_parent(tmp_path)[0])
     lessons = recalling.Lessons(tokenizer, np.arange(1, 300), 0)
     loud = 0
     for key in range(20):
@@ -197,9 +196,8 @@ def test_every_loud_number_was_said_before(uptraining, recalling):
     assert loud > 40
 
 
-def test_a_stopped_training_of_the_recalling_parent_ends_with_the_same_weights(uptraining, recalling, tmp_path):
-    parent = uptraining.embedded_parent(RECIPE, corpus=uptraining.stdlib_corpus()).folder
-    tokenizer = load_tokenizer(parent)
+def test_a_stopped_training_of_the_recalling_parent_ends_with_the_same_weights(recalling, tmp_path):
+    tokenizer = load_tokenizer(small_parent(tmp_path)[0])
     lessons = recalling.Lessons(tokenizer, np.arange(1, 300), 0)
     recipe = recalling.RECALL
 

@@ -1,14 +1,13 @@
-"""A trained model with its tokenizer, and text, in about a second: the embedded default, made minuscule."""
+"""A trained model with its tokenizer, and text, in about a second: a minuscule parent."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+from gqa.study.embedded import Corpus
+from gqa.study.train_parent import ParentRecipe, train_parent
 
-from gqa.study.embedded import Corpus, EmbeddedRecipe, embedded_parent
-
-RECIPE = EmbeddedRecipe(
+RECIPE = ParentRecipe(
     vocabulary=300,
     hidden=32,
     intermediate=48,
@@ -33,9 +32,11 @@ def small_corpus(folder: Path) -> Corpus:
     return Corpus(**parts)
 
 
+def small_texts(corpus: Corpus) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in corpus.train]
+
+
 def small_parent(folder: Path) -> tuple[Path, Corpus]:
     """A trained model's folder, and the text it was trained on; both lie in `folder`."""
     corpus = small_corpus(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GQA_CACHE", str(folder / "cache"))
-        return embedded_parent(RECIPE, corpus=corpus).folder, corpus
+    return train_parent(RECIPE, small_texts(corpus), folder / "parent").folder, corpus

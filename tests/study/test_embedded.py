@@ -1,30 +1,15 @@
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
 import pytest
-import torch
-from helpers.small import RECIPE, small_corpus
-from transformers import AutoModelForCausalLM
 
+from gqa.config import parse_config
 from gqa.errors import GqaError
-from gqa.study.embedded import embedded_parent, learning_rate_factor, stdlib_corpus
+from gqa.evaluate import evaluate, load_model
+from gqa.study.corpus import from_corpus
+from gqa.study.embedded import METADATA, SHIPPED, embedded_parent, stdlib_corpus
 from gqa.text import load_tokenizer
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def test_the_library_is_split_by_file_and_nothing_is_in_two_parts():
@@ -61,77 +46,43 @@ def test_a_python_without_sources_is_told(tmp_path):
         stdlib_corpus(tmp_path)
 
 
-def test_the_schedule_warms_up_and_ends_near_zero():
-    recipe = dataclasses.replace(RECIPE, steps=100, warmup_steps=10)
-    factors = [learning_rate_factor(step, recipe) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert 0 < factors[-1] < 0.01
-
-
-def test_a_parent_is_trained_once_and_is_an_ordinary_model(tmp_path, cache):
-    corpus = small_corpus(tmp_path)
-    seen = []
-    parent = embedded_parent(RECIPE, lambda stage, done, total, note="": seen.append((stage, done, total)), corpus)
-    assert parent.train_tokens == RECIPE.steps * RECIPE.batch * RECIPE.window
-    assert ("training the parent", RECIPE.steps, RECIPE.steps) in seen
-    assert [path.name for path in cache.iterdir()] == [parent.folder.name]  # no working folder is left
-
-    model = AutoModelForCausalLM.from_pretrained(parent.folder)
-    assert sum(p.numel() for p in model.parameters()) == parent.parameters
-    assert model.config.num_key_value_heads == model.config.num_attention_heads == RECIPE.heads
+def test_the_shipped_parent_is_an_ordinary_multi_head_model_that_has_learnt():
+    parent = embedded_parent()
     config = json.loads((parent.folder / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert config["head_dim"] == RECIPE.hidden // RECIPE.heads
-    assert config["torch_dtype"] == "float32"
+    assert parse_config(config, "parent").kv_heads == config["num_attention_heads"] == 8
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # for readers of transformers 4
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert sum(path.stat().st_size for path in parent.folder.iterdir()) < 32 << 20
+    model = load_model(parent.folder)
+    assert sum(p.numel() for p in model.parameters()) == parent.parameters
     tokenizer = load_tokenizer(parent.folder)
     text = "def ünknown(x):\n\treturn '日本'\n"  # byte level: what was never seen comes back too
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-    seen.clear()
-    assert embedded_parent(RECIPE, lambda stage, done, total, note="": seen.append(stage), corpus) == parent
-    assert seen == []
-
-
-def test_another_recipe_is_another_model(tmp_path, cache):
-    corpus = small_corpus(tmp_path)
-    short = dataclasses.replace(RECIPE, steps=2)
-    first = embedded_parent(short, corpus=corpus)
-    second = embedded_parent(dataclasses.replace(short, seed=1), corpus=corpus)
-    assert first.folder != second.folder
+    test = from_corpus(dataclasses.replace(stdlib_corpus(), train=stdlib_corpus().test), parent.folder, 256).test[:8]
+    loss = evaluate(model, test)["cross_entropy_nats_per_token"]
+    assert loss == pytest.approx(parent.final_loss_nats, abs=0.7)  # the standard library's code is not all code
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_weights(tmp_path, cache, monkeypatch):
-    corpus = small_corpus(tmp_path)
-    recipe = dataclasses.replace(RECIPE, steps=120, checkpoint_steps=20)
-    program = (
-        "import sys; from pathlib import Path; from helpers.small import *; import dataclasses\n"
-        "from gqa.study.embedded import embedded_parent\n"
-        "corpus = small_corpus(Path(sys.argv[1]))\n"
-        "embedded_parent(dataclasses.replace(RECIPE, steps=120, checkpoint_steps=20), corpus=corpus)\n"
-    )
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
-    deadline = time.monotonic() + 60
-    while not list(cache.glob("*.partial/state.pt")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(cache.glob("*.partial/state.pt"))
-    assert not [path for path in cache.iterdir() if path.suffix != ".partial"]
-
-    steps = []
-    resumed = embedded_parent(recipe, lambda stage, done, total, note="": steps.append(done), corpus)
-    assert 20 < steps[2] <= 120  # after two reports on the tokenizer; not from the first step again
-    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "other"))
-    undisturbed = embedded_parent(recipe, corpus=corpus)
-    one, other = weights(resumed.folder), weights(undisturbed.folder)
-    assert all(torch.equal(one[name], other[name]) for name in other)
+def test_the_facts_of_the_shipped_parent_name_no_path():
+    text = (SHIPPED / METADATA).read_text()
+    facts = json.loads(text)
+    assert set(facts["sha256"]) == {path.name for path in SHIPPED.iterdir()} - {METADATA}
+    assert facts["train_tokens"] <= facts["train_text_tokens"]  # every token at most once
+    assert sum(row["files"] for row in facts["data"]["packages"].values()) > 1000
+    losses = [row["loss_nats"] for row in facts["losses"]]
+    assert losses[0] > losses[-1] + 1
+    assert not [word for word in text.split('"') if word.startswith("/") or "\\" in word]
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(GqaError, match="cache folder"):
-        embedded_parent(RECIPE, corpus=small_corpus(tmp_path))
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", METADATA])
+def test_a_damaged_or_missing_file_is_one_clear_error(tmp_path, name):
+    folder = tmp_path / "parent"
+    shutil.copytree(SHIPPED, folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content if name != METADATA else content[:100])
+    with pytest.raises(GqaError, match="damaged"):
+        embedded_parent(folder)
+    (folder / name).unlink()
+    with pytest.raises(GqaError, match="damaged"):
+        embedded_parent(folder)

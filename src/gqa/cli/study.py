@@ -12,11 +12,11 @@ import click
 
 from gqa.cli import output
 from gqa.errors import GqaError
-from gqa.progress import Progress
 from gqa.record import Record, write_text_atomic
 from gqa.units import format_bytes, format_seconds, parse_share, parse_tokens
 
 if TYPE_CHECKING:
+    from gqa.progress import Progress
     from gqa.source import Source
     from gqa.study.corpus import StudyText
     from gqa.study.estimate import Estimate
@@ -53,7 +53,10 @@ _FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 
 )
 @click.option("--dry-run", is_flag=True, help="Tell what the study would take, in time, memory and disk, and stop.")
 @click.option(
-    "--uptrain-tokens", metavar="N", help="Per child, 0 for none.  [default: 5 % of the parent's training, if known]"
+    "--uptrain-tokens",
+    metavar="N",
+    help="Tokens that every child is uptrained on, 0 for none.  [default: without MODEL 0; else 5 % of the parent's"
+    " training tokens, if MODEL's folder records them]",
 )
 @click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
 @click.option(
@@ -80,11 +83,11 @@ def command(
 ) -> None:
     """Turn the KV-head dial and see what each setting saves and costs.
 
-    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id. Without it, a small multi-head Llama
-    is trained on the spot on the source text of Python's standard library.
-    For every setting of the dial the model is converted, evaluated, uptrained and evaluated again, its cache
-    measured and its decoding timed. The folder OUT gets study.json and report.html. A study that was stopped goes
-    on when the same command is given again.
+    MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id. Without it, the model is a small
+    multi-head Llama that comes with gqa, and the text is the source of Python's standard library. For every setting
+    of the dial the model is converted by each method and evaluated, with --uptrain-tokens uptrained and evaluated
+    again, its cache measured and its decoding timed. The folder OUT gets study.json and report.html. A study that was
+    stopped resumes when the same command is given again.
     """
     automatic = kv_heads == "auto"
     if budget is not None and not automatic:
@@ -105,11 +108,12 @@ def command(
     from gqa.study.steps import check_folder
 
     chosen = parse_analyses(analyses, ANALYSES)
-    check_folder(out)  # before minutes of training, not after
+    check_folder(out)  # before any work, not after
     started = time.perf_counter()
     with output.progress() as progress:
         if model is None:
-            source, text, training = _embedded(window, seed, progress)
+            source, text, training = _embedded(window, seed)
+            wanted = wanted or 0  # 5 % of its training would take each child minutes
         else:
             source, text, training = _own(model, texts, window, seed, progress)
         tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
@@ -227,16 +231,15 @@ def print_tables(record: Record) -> None:
     output.table(rows, title=title)
 
 
-def _embedded(window: int | None, seed: int, progress: Progress) -> tuple[Source, StudyText, dict[str, Any]]:
+def _embedded(window: int | None, seed: int) -> tuple[Source, StudyText, dict[str, Any]]:
     from gqa.source import open_checkpoint
     from gqa.study.corpus import from_corpus
     from gqa.study.embedded import embedded_parent, stdlib_corpus
 
-    corpus = stdlib_corpus()
-    parent = embedded_parent(progress=progress, corpus=corpus)
-    text = from_corpus(corpus, parent.folder, window or _WINDOW, seed)
+    parent = embedded_parent()
+    text = from_corpus(stdlib_corpus(), parent.folder, window or _WINDOW, seed)
     training = {"train_tokens": parent.train_tokens, "train_seconds": parent.train_seconds}
-    source = dataclasses.replace(open_checkpoint(str(parent.folder)), name="stdlib-llama")
+    source = dataclasses.replace(open_checkpoint(str(parent.folder)), name="python-llama")
     return source, text, training
 
 

@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied.
 
-The embedded parent has some 300 steps to learn in; with it they bring as far as several times as many of AdamW.
+Refinement has some 120 steps to learn in; with it they bring as far as several times as many of AdamW.
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. torch's own Muon iterates in bf16, which most CPUs
 emulate; this one stays in the gradient's dtype and takes all matrices of one shape at once.
 """
