@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import math
 import sys
 import sysconfig
 import tempfile
@@ -26,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from session import RESULTS, WORK, slug
+from trend import fit_powers
 
 from gqa.bench.document import record
 from gqa.convert.recipe import Recipe, make_recipe
@@ -190,43 +189,10 @@ def trends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         some = [row for row in rows if (row["kv_heads"], row["method"]) == (kv_heads, method)]
         some = [row for row in some if row["loss_above_parent_nats"] > 0]
         names = ["parameters", "train_tokens"] + ([] if method == "mean" else ["calibration_tokens"])
-        names = [name for name in names if len({row[name] for row in some}) > 1]
-        free = len(some) - len(names) - 1
-        if free < 1 or not names:
-            continue
-        sides = np.log([[row[name] for name in names] for row in some])
-        middle = sides.mean(axis=0)
-        plane = np.column_stack([np.ones(len(some)), sides - middle])
-        losses = np.log([row["loss_above_parent_nats"] for row in some])
-        best, *_ = np.linalg.lstsq(plane, losses, rcond=None)
-        left = losses - plane @ best
-        variance = left @ left / free
-        errors = np.sqrt(variance * np.diag(np.linalg.inv(plane.T @ plane))) * wide(free)
-        exponents = {
-            name: {"exponent": float(value), "low": float(value - error), "high": float(value + error)}
-            for name, value, error in zip(names, best[1:], errors[1:], strict=True)
-        }
-        found.append(
-            {
-                "kv_heads": kv_heads,
-                "method": method,
-                "rows": len(some),
-                "exponents": exponents,
-                "scatter": math.sqrt(variance),
-                "loss_in_the_middle_nats": float(np.exp(best[0])),
-                "middle": {name: float(np.exp(value)) for name, value in zip(names, middle, strict=True)},
-            }
-        )
+        losses = [row["loss_above_parent_nats"] for row in some]
+        if trend := fit_powers({name: [row[name] for row in some] for name in names}, losses):
+            found.append({"kv_heads": kv_heads, "method": method, **trend})
     return found
-
-
-def wide(free: int) -> float:
-    """Standard errors to either side of a mean that hold it in 95 % of cases, with so many degrees of freedom: the
-    quantile of Student's distribution, whose integral is taken over the angle atan(t / sqrt(free))."""
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angles) ** (free - 1)
-    held = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(free) * math.tan(float(np.interp(0.95, held / held[-1], angles)))
 
 
 def _device(kind: str) -> str:

@@ -40,11 +40,6 @@ def test_the_interval_of_a_trend_holds_the_truth_as_often_as_it_says(scaling):
     assert 85 <= sum(held) <= 100
 
 
-@pytest.mark.parametrize(("free", "errors"), [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (1000, 1.962)])
-def test_an_interval_is_as_wide_as_tables_of_student_say(scaling, free, errors):
-    assert scaling.wide(free) == pytest.approx(errors, abs=6e-4)
-
-
 def test_too_few_rows_have_no_trend(scaling):
     assert scaling.trends([row for row in scaling_rows() if row["size"] == "1M"][:2]) == []
 

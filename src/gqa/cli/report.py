@@ -19,13 +19,13 @@ from gqa.record import read_record, write_text_atomic
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: report.html beside RECORD]")
 def command(record: Path, out: Path | None) -> None:
     """Make the page from the RECORD of `gqa study`, of `gqa plan --html FILE --json`, or of a benchmark of
-    uptraining or scaling."""
+    uptraining, scaling or quality on a real model."""
     from gqa.report import page as study_page
-    from gqa.report import plan_page, scaling_page, uptraining_page
+    from gqa.report import plan_page, real_page, scaling_page, uptraining_page
 
     out = out or record.with_name("report.html")
     read = read_record(record)
-    pages = {"plan": plan_page, uptraining_page.COMMAND: uptraining_page, scaling_page.COMMAND: scaling_page}
+    pages = {page.COMMAND: page for page in (uptraining_page, scaling_page, real_page)} | {"plan": plan_page}
     page = pages.get(read.command, study_page).render(read)
     try:
         write_text_atomic(out, page)

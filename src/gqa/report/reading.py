@@ -42,7 +42,8 @@ class Study:
             raise GqaError(
                 "the report is made from a study's record",
                 got=f"a record of `gqa {record.command}`",
-                allowed="records of gqa study, of gqa plan, and of the benchmarks of uptraining and scaling",
+                allowed="records of gqa study, of gqa plan, and of the benchmarks of uptraining, scaling and quality"
+                " on a real model",
             )
         results = record.results
         if not isinstance(results, Mapping):

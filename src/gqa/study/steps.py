@@ -15,22 +15,32 @@ from gqa.record import write_text_atomic
 _FORMAT = 1  # of the files: raise it when an old one must not be taken for a new one
 
 
-def check_folder(out: Path) -> None:
-    """Raise GqaError if `out` holds anything that is not the work of steps."""
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raise GqaError if `out` holds anything that is not the work of steps. option: the one that names `out`."""
     if out.is_dir() and any(out.iterdir()) and not (out / "steps" / "identity.json").exists():
-        raise GqaError("the folder holds something else", got=out, hint="choose another one with --out")
+        raise GqaError("the folder holds something else", got=out, hint=f"choose another one with {option}")
     if out.exists() and not out.is_dir():
-        raise GqaError("not a folder", got=out, hint="choose another place with --out")
+        raise GqaError("not a folder", got=out, hint=f"choose another place with {option}")
 
 
 class Steps:
-    """Named steps of one piece of work in the folder `out`/steps; `identity` says which work it is.
+    """Named steps of one piece of work in the folder `out`/steps; `identity` says which work it is. what: the name of
+    such work, as progress and errors give it; option: the one that names `out`.
 
     Raises GqaError if the folder holds other work, or other things.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], total: int, progress: Progress) -> None:
-        self.folder, self.total, self.progress = out / "steps", total, progress
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        total: int,
+        progress: Progress,
+        *,
+        what: str = "study",
+        option: str = "--out",
+    ) -> None:
+        self.folder, self.total, self.progress, self.what = out / "steps", total, progress, what
         self.done = 0
         self.seconds = 0.0  # spent on all steps so far, in this run and former ones
         wanted = json.loads(json.dumps({"format": _FORMAT, **identity}))
@@ -40,26 +50,32 @@ class Steps:
             different = sorted(key for key in wanted if wanted[key] != found.get(key))
             if different:
                 raise GqaError(
-                    "the folder holds another study",
+                    f"the folder holds another {what}",
                     got=f"{out} (different: {', '.join(different)})",
-                    hint=f"choose another folder with --out, or remove {out}",
+                    hint=f"choose another folder with {option}, or remove {out}",
                 )
         else:
-            check_folder(out)
+            check_folder(out, option)
             write_text_atomic(path, json.dumps(wanted, indent=2) + "\n")
 
     def do(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a step: from its file, or by doing the work now."""
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            step = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            self.progress("study", self.done, self.total, name)
+        step = self.find(name)
+        if step is None:
+            self.progress(self.what, self.done, self.total, name)
             began = time.perf_counter()
             result = work()
             step = {"seconds": time.perf_counter() - began, "result": result}
-            write_text_atomic(path, json.dumps(step, indent=2) + "\n")
+            write_text_atomic(self._path(name), json.dumps(step, indent=2) + "\n")
         self.done += 1
         self.seconds += step["seconds"]
-        self.progress("study", self.done, self.total, name)
+        self.progress(self.what, self.done, self.total, name)
         return step["result"]
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """A finished step, `seconds` and `result`; None for one that is not finished."""
+        path = self._path(name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
