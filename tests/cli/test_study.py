@@ -25,6 +25,7 @@ def test_a_model_of_ones_own(parent, tmp_path, capsys):
     folder, corpus = parent
     out = tmp_path / "study"
     arguments = ("study", folder, "--text", corpus.train[0], "--out", out, "--kv-heads", "1", "--uptrain-tokens", "256")
+    arguments += ("--distill-tokens", "1k")
     arguments += ("--window", "32")
     assert run(*arguments) == 0
     printed = capsys.readouterr()
@@ -47,6 +48,7 @@ def test_a_dial_turned_as_far_as_a_budget_allows(parent, tmp_path, capsys):
     folder, corpus = parent
     out = tmp_path / "study"
     arguments = ("study", folder, "--text", corpus.train[0], "--out", out, "--window", "32", "--uptrain-tokens", "0")
+    arguments += ("--distill-tokens", "1k")
     arguments += ("--kv-heads", "auto", "--budget", "400%", "--analyses", "none")
     assert run(*arguments, "--dry-run") == 0
     printed = capsys.readouterr()

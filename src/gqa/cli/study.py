@@ -58,6 +58,13 @@ _FRACTION = 0.05  # of the parent's training tokens: Ainslie et al. 2023, arXiv 
     help="Tokens that every child is uptrained on, 0 for none.  [default: without MODEL 0; else 5 % of the parent's"
     " training tokens, if MODEL's folder records them]",
 )
+@click.option(
+    "--distill-tokens",
+    default="128k",
+    show_default=True,
+    metavar="N",
+    help="Tokens of training text that each child of svd is distilled on.",
+)
 @click.option("--window", type=int, help=f"Tokens per window of text.  [default: {_WINDOW}, or the model's context]")
 @click.option(
     "--analyses",
@@ -76,6 +83,7 @@ def command(
     budget: str | None,
     dry_run: bool,
     uptrain_tokens: str | None,
+    distill_tokens: str,
     window: int | None,
     analyses: str,
     seed: int,
@@ -117,7 +125,14 @@ def command(
         else:
             source, text, training = _own(model, texts, window, seed, progress)
         tokens = round(_FRACTION * training.get("train_tokens", 0)) if wanted is None else wanted
-        settings = Settings(kv_heads=stops, seed=seed, uptrain_tokens=tokens, analyses=chosen, budget=share)
+        settings = Settings(
+            kv_heads=stops,
+            seed=seed,
+            uptrain_tokens=tokens,
+            distill_tokens=parse_tokens(distill_tokens),
+            analyses=chosen,
+            budget=share,
+        )
         settings = settings.for_model(parse_config(source.config, source.name))
         if dry_run or not (out / "steps").exists():  # a study that goes on has told before
             progress("estimating", 0, 1)
