@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from real_progress import show
 from real_texts import KINDS, MANIFEST, Text, check_manifest, collect, sha256
 
 from gqa.errors import GqaError
@@ -166,16 +166,6 @@ class Bench:
 def batch_of(length: int) -> int:
     """Windows that are evaluated together."""
     return max(1, TOKENS_AT_ONCE // length)
-
-
-_last_shown: list[tuple[str, int]] = [("", -1)]
-
-
-def show(stage: str, done: int, total: int, note: str = "") -> None:
-    """Progress on stderr, about ten lines per stage; a change of the note alone is no new line."""
-    if (stage, done) != _last_shown[0] and (done == total or done % max(1, total // 10) == 0):
-        _last_shown[0] = stage, done
-        print(f"{stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 def _sha256(windows: np.ndarray) -> str:

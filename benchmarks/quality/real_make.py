@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_bench import show
+from real_progress import show
 
 from gqa.convert.recipe import Recipe
 from gqa.convert.run import convert
@@ -19,7 +19,6 @@ from gqa.device import default_device
 from gqa.errors import GqaError
 from gqa.record import write_text_atomic
 from gqa.source import open_checkpoint
-from gqa.uptrain import Settings, distill_attentions, uptrain
 
 
 def make(job: Path) -> None:
@@ -28,17 +27,27 @@ def make(job: Path) -> None:
         about: dict[str, Any] = json.loads(str(arrays["about"]))
         windows, distill = (arrays.get(name) for name in ("windows", "distill"))
     recipe, out = Recipe(**about["recipe"]), Path(about["out"])
-    report = _train(about["model"], out, recipe, distill) if about["control"] else None
-    if report is None:
-        how: Any = {} if distill is None else {"distill": distill_attentions, "distill_windows": distill}
-        source = open_checkpoint(about["model"])
+    if about["control"]:
+        report = _train(about["model"], out, recipe, distill)
+    else:
+        source, how = open_checkpoint(about["model"]), _distillation(distill)
         report = convert(source, out, recipe, windows, show, device=default_device(), **how)
     report = {name: value for name, value in report.items() if name not in ("out", "model", "file", "already_done")}
     write_text_atomic(out.with_name(f"{out.name}.report.json"), json.dumps(report, indent=1) + "\n")
 
 
+def _distillation(windows: np.ndarray | None) -> dict[str, Any]:
+    if windows is None:
+        return {}
+    from gqa.uptrain import distill_attentions  # here: transformers is not in the memory of a plain conversion
+
+    return {"distill": distill_attentions, "distill_windows": windows}
+
+
 def _train(model: str, out: Path, recipe: Recipe, windows: np.ndarray | None) -> dict[str, Any]:
     """The control: the parent's attentions trained without a teacher, on the distillation's windows at its rate."""
+    from gqa.uptrain import Settings, uptrain
+
     assert windows is not None
     settings = Settings(
         batch=recipe.distill_batch,

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import numpy as np
-from real_bench import Bench, batch_of, show
+from real_bench import Bench, batch_of
+from real_progress import show
 
 from gqa.errors import GqaError
 from gqa.evaluate import evaluate

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_bench import CALIBRATION_SEED, Bench, show
+from real_bench import CALIBRATION_SEED, Bench
+from real_progress import show
 from real_texts import CALIBRATION
 
 from gqa.convert.effort import seconds_estimate

@@ -123,7 +123,7 @@ def answers(rows: Sequence[Row]) -> Figure | None:
         of = {
             row["name"]: row[field] for row in rows if row["prompts_from"] == source and number(row, field) is not None
         }
-        some = {n: [Bar("", of[n], forms.percent(of[n]), _color(names, n))] for n in names if n in of}
+        some = {_label(n): [Bar("", of[n], forms.percent(of[n]), _color(names, n))] for n in names if n in of}
         if some:
             across = axes.linear("share", [*of.values(), 1.0], forms.percent_tick)
             panels.append((heading, bars(across, some)))
@@ -290,6 +290,11 @@ def _drawn_models(rows: Sequence[Row]) -> list[str]:
         if name != "parent" and not name.startswith("control"):
             last[name.rpartition("-")[0] if name.startswith("distilled") else name] = name
     return list(last.values())
+
+
+def _label(name: str) -> str:
+    """A model's name, short enough to stand left of bars."""
+    return name.removeprefix("svd-").replace("distilled-half-own", "half-own")
 
 
 def _color(names: Sequence[str], name: str) -> str:
