@@ -11,18 +11,32 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from helpers.checkpoints import folder_hashes, random_windows, tiny_config, tiny_source, write_checkpoint
+from helpers.checkpoints import VOCAB, folder_hashes, random_windows, tiny_config, tiny_source, write_checkpoint
 
 from gqa.convert.journal import work_folder
 from gqa.convert.recipe import make_recipe
 from gqa.convert.run import convert
 from gqa.source import open_checkpoint
+from gqa.uptrain import distill_attentions
 
 DATA_FREE = make_recipe(4, grouping="contiguous")
 REFINED = make_recipe(2, calibration_tokens=256, refine_tokens=256, refine_steps=3, window=32)
-# What Python tells before it touches a file's name.
+DISTILLED = make_recipe(
+    2,
+    calibration_tokens=64,
+    measure_tokens=32,
+    window=16,
+    distill_tokens=192,
+    distill_window=8,
+    distill_batch=2,
+)
+# Of the distillation; more by hand.
+KILLS = int(os.environ.get("GQA_KILLS", "10"))
+# What Python reports before it touches the name of a file.
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
@@ -75,6 +89,41 @@ def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_a_distillation_killed_at_random_changes_of_the_disk_and_moments(tmp_path, monkeypatch):
+    # Torch's own attention: a fork need not load ours, which has no part in what lies on the disk.
+    monkeypatch.setattr("gqa.uptrain.shared_trunk.use_fast_attention", lambda model, layout: None)
+    import accelerate  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    source = tiny_source(tmp_path / "parent", tiny_config(num_hidden_layers=2), shards=2)
+    expected, ticks = tmp_path / "undisturbed" / "out", tmp_path / "ticks"
+    started = time.monotonic()
+    assert in_fork(source, expected, DISTILLED, ticks=ticks) == 0
+    seconds, steps = time.monotonic() - started, ticks.stat().st_size
+    whole = folder_hashes(expected)
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}, {steps} changes of the disk, {seconds:.1f} s")
+    moments, kills, attempt, trained = random.Random(seed), 0, 0, 0
+    while kills < KILLS:
+        attempt += 1
+        out = tmp_path / f"killed-{attempt}" / "out"
+        status = -signal.SIGKILL
+        while status:
+            kill = (
+                {"kill_after": moments.uniform(0, seconds)}
+                if kills % 3 == 2
+                else {"kill_at_step": moments.randint(1, steps)}
+            )
+            status = in_fork(source, out, DISTILLED, watch=set(whole), **({} if kills >= KILLS else kill))
+            assert status in (0, -signal.SIGKILL)
+            assert not out.exists() or folder_hashes(out) == whole
+            trained += (work_folder(out) / "training").exists()
+            kills += status != 0
+        assert folder_hashes(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    print(f"{kills} kills, {trained} of them with checkpoints of the training on the disk, {attempt} equal results")
+
+
 def test_a_fresh_process_killed_and_started_again(tmp_path):
     write_checkpoint(tmp_path / "parent", shards=2)
     run = "import sys; from gqa.cli.main import main; main(sys.argv[1:])"
@@ -94,11 +143,12 @@ def test_a_fresh_process_killed_and_started_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"parent", "out", "undisturbed"}
 
 
-def in_fork(source, out: Path, recipe, *, kill_at_step=None, kill_after=None, watch=None) -> int:
+def in_fork(source, out: Path, recipe, *, kill_at_step=None, kill_after=None, watch=None, ticks=None) -> int:
     """Convert in a process of its own: its exit code, or minus the signal that ended it.
 
     kill_at_step: it kills itself before the n-th step on files near OUT. kill_after: it is killed after that many
-    seconds. watch: the files of a complete OUT, of which OUT must never be seen with less.
+    seconds. watch: the files of a complete OUT, of which OUT must never be seen with less. ticks: a file that gets a
+    byte per step.
     """
     with warnings.catch_warnings():
         # Python warns of forks of a process with threads; the child uses one thread and none of the parent's.
@@ -108,9 +158,11 @@ def in_fork(source, out: Path, recipe, *, kill_at_step=None, kill_after=None, wa
         code = 1
         try:
             torch.set_num_threads(1)
-            if kill_at_step:
-                _kill_self_at(kill_at_step, str(out.parent))
-            convert(source, out, recipe, random_windows(recipe))
+            if kill_at_step or ticks:
+                _count_steps(
+                    str(out.parent), kill_at_step, None if ticks is None else os.open(ticks, os.O_WRONLY | os.O_CREAT)
+                )
+            convert(source, out, recipe, random_windows(recipe), **_distillation(recipe))
             code = 0
         finally:
             os._exit(code)
@@ -127,14 +179,25 @@ def in_fork(source, out: Path, recipe, *, kill_at_step=None, kill_after=None, wa
         time.sleep(0.001)
 
 
-def _kill_self_at(step: int, near: str) -> None:
+def _distillation(recipe) -> dict[str, Any]:
+    if not recipe.distill_tokens:
+        return {}
+    shape = (recipe.distill_windows, recipe.distill_window)
+    windows = np.random.default_rng(1).integers(0, VOCAB, shape)
+    return {"distill": distill_attentions, "distill_windows": windows}
+
+
+def _count_steps(near: str, kill_at: int | None, ticks: int | None) -> None:
+    """Count steps on files near a folder: into a file, or until the one at which the process kills itself."""
     seen = 0
 
     def count(event: str, arguments: tuple) -> None:
         nonlocal seen
         if event in EVENTS and str(arguments[0]).startswith(near):
             seen += 1
-            if seen == step:
+            if ticks is not None:
+                os.write(ticks, b".")
+            if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)

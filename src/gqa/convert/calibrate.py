@@ -240,14 +240,24 @@ def _angles(part: Tensor, pairs: int) -> Tensor:
     return part
 
 
-def hidden_error(parent: States, child: States) -> float:
-    """Mean over tokens of |h' - h|^2 / |h|^2, with h (N, T, d) the parent's hidden states and h' the child's: token by
-    token, as some models have a few tokens whose hidden states are larger than all others together."""
-    total = 0.0
+def hidden_errors(parent: States, child: States) -> dict[str, float]:
+    """|h' - h|^2 / |h|^2 of every token, with h (N, T, d) the parent's hidden states and h' the child's, as
+    `hidden_error`, its mean over all tokens, and `hidden_error_median` and `hidden_error_p90`.
+
+    In models with massive activations a few tokens, of which later ones see no more than the direction, can make up
+    most of the mean.
+    """
+    parts = []
     for before, own in zip(parent.split(BATCH), child.split(BATCH), strict=True):
         wrong, size = (own - before).double().square().sum(-1), before.double().square().sum(-1)
-        total += float((wrong / size.clamp_min(1e-300)).sum())
-    return total / (parent.shape[0] * parent.shape[1])
+        parts.append((wrong / size.clamp_min(1e-300)).flatten().cpu().numpy())
+    errors = np.concatenate(parts)
+    median, p90 = np.quantile(errors, (0.5, 0.9))
+    return {
+        "hidden_error": float(errors.mean()),
+        "hidden_error_median": float(median),
+        "hidden_error_p90": float(p90),
+    }
 
 
 def token_weights(hidden: States) -> Tensor:

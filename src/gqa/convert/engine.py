@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gqa.config import child_config, parse_config, text_part
 from gqa.convert import grouping, heads, refine, scores
-from gqa.convert.calibrate import BATCH, Block, first_hidden, hidden_error, second_moment, token_weights
+from gqa.convert.calibrate import BATCH, Block, first_hidden, hidden_errors, second_moment, token_weights
 from gqa.convert.merge import METHODS
 from gqa.convert.pool import groups_of, layer_seed, pool
 from gqa.convert.recipe import Recipe
@@ -78,14 +78,14 @@ class Engine:
     def convert(self, layer: int) -> tuple[AttentionWeights, dict[str, Any]]:
         """The child's attention of this layer, and a report: the groups and, with calibration text, the relative mean
         squared error of the attention's output against what was asked of it, in closed form and at the end, and the
-        error of the hidden states behind the layer."""
+        errors of the hidden states behind the layer."""
         weights = self.layout.read_attention(self.checkpoint, layer)
         shape = self.shapes[layer]
         if self.recipe.baseline:
             pooled = pool(weights, shape, self.layout, self.recipe, layer)
             self.replay(layer, pooled)
             report = {"layer": layer, "groups": groups_of(shape, self.recipe)}
-            return pooled, report | ({"hidden_error": hidden_error(*self.hidden)} if self.hidden else {})
+            return pooled, report | (hidden_errors(*self.hidden) if self.hidden else {})
         parent = heads.split(weights.to(self.device), shape, self.layout)
         generator = torch.Generator().manual_seed(layer_seed(self.recipe, layer))
         if not self.hidden:
@@ -134,8 +134,7 @@ class Engine:
         converted = self._as_stored(layer, self._attention_of(layer, student))
         del student, inputs, targets
         self._advance(layer, block, self._block(layer, self.child_config, converted))
-        report["hidden_error"] = hidden_error(*self.hidden)
-        return converted, report
+        return converted, report | hidden_errors(*self.hidden)
 
     def replay(self, layer: int, weights: AttentionWeights) -> None:
         """Advance the calibration activations through a layer that is converted already."""
