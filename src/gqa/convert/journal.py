@@ -107,15 +107,17 @@ class Journal:
         began with says nothing about them any more."""
         self.distilled = report
         for layer in self.reports:
-            for name in [name for name in layer if name.endswith("_error")]:
+            for name in [name for name in layer if "_error" in name]:
                 layer[f"{name}_before_distillation"] = layer.pop(name)
         self._write()
         self.forget_training()
 
-    def finish_measuring_distilled(self, measured: dict[str, Any], hidden_errors: Sequence[float]) -> None:
+    def finish_measuring_distilled(
+        self, measured: dict[str, Any], hidden_errors: Sequence[Mapping[str, float]]
+    ) -> None:
         self.measured_distilled = measured
-        for layer, error in zip(self.reports, hidden_errors, strict=True):
-            layer["hidden_error"] = error
+        for layer, errors in zip(self.reports, hidden_errors, strict=True):
+            layer |= errors
         self._write()
 
     def finish_answers(self, answers: dict[str, Any]) -> None:

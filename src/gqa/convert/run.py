@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gqa.convert.assemble import write_shards
-from gqa.convert.calibrate import hidden_error
+from gqa.convert.calibrate import hidden_errors
 from gqa.convert.engine import Engine
 from gqa.convert.job import Job, plan_conversion
 from gqa.convert.journal import Journal, locked, work_folder
@@ -287,13 +287,12 @@ def _distill(
             write_tensors(journal.distilled_path(layer), some, {})
         journal.finish_distilling(report)
     if job.recipe.measure_tokens and journal.measured_distilled is None:
-        measured, hidden_errors = _measure_again(job, journal, calibration, progress)
-        journal.finish_measuring_distilled(measured, hidden_errors)
+        journal.finish_measuring_distilled(*_measure_again(job, journal, calibration, progress))
 
 
 def _measure_again(
     job: Job, journal: Journal, calibration: _Calibration, progress: Progress
-) -> tuple[dict[str, Any], list[float]]:
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Parent and distilled child compared on the windows that no fit has seen, one layer in memory at a time; and how
     far the hidden states behind each layer are off there."""
     assert calibration.windows is not None
@@ -302,12 +301,12 @@ def _measure_again(
     )
     windows = calibration.windows[job.recipe.windows :]
     engine = Engine(job.checkpoint, job.layout, job.source.config, only_measure, windows, device=calibration.device)
-    hidden_errors: list[float] = []
+    errors: list[dict[str, float]] = []
     for layer in job.changes:
         engine.replay(layer, job.layout.read_attention(StoredLayer(job, journal.layer_path(layer)), layer))
-        hidden_errors.append(hidden_error(*engine.hidden))
+        errors.append(hidden_errors(*engine.hidden))
         progress("compare with the parent", layer + 1, len(job.changes))
-    return engine.measure(), hidden_errors
+    return engine.measure(), errors
 
 
 def _distillation(job: Job, distill: Distill | None, windows: np.ndarray | None) -> _Distillation | None:
