@@ -31,7 +31,7 @@ def kl_of_svd(folder, height, model_type):
 def test_massive_activations_cost_svd_little_since_tokens_are_weighted(tmp_path, monkeypatch, model_type):
     plain, _, _ = kl_of_svd(tmp_path / "plain", 0, model_type)
     kl, parent, layers = kl_of_svd(tmp_path / "weighted", HEIGHT, model_type)
-    monkeypatch.setattr(engine, "token_weights", lambda hidden: torch.ones(hidden.shape[:2]))
+    monkeypatch.setattr(engine, "token_weights", lambda parent, child: torch.ones(parent.shape[:2]))
     unweighted, _, _ = kl_of_svd(tmp_path / "unweighted", HEIGHT, model_type)
     print(f"KL {plain:.4f} without, {kl:.4f} with massive activations, {unweighted:.4f} with equal weights")
     check_the_model(parent)
@@ -55,16 +55,18 @@ def check_the_model(parent):
     assert attention[..., T // 2 :, 0].mean() > 3 * equal
 
 
-def test_weights_are_the_inverse_squares_of_lengths_with_a_mean_of_one():
+def test_weights_are_the_inverse_squares_of_lengths_and_errors_with_a_mean_of_one():
     hidden = torch.randn(3, 8, 4)
     hidden[:, 0] *= 1000
     hidden[0, 5] = 0
-    weights = token_weights(hidden)
-    sizes = hidden.square().sum(-1)
-    floor = sizes.median() / 100
-    torch.testing.assert_close(weights, (1 / sizes.clamp_min(floor)) / (1 / sizes.clamp_min(floor)).mean())
+    child = hidden + 0.1 * torch.randn(3, 8, 4)
+    child[1, 4] += 1000  # massive in the child alone
+    weights = token_weights(hidden, child)
+    sizes = hidden.square().sum(-1) + (child - hidden).square().sum(-1)
+    inverse = 1 / sizes.clamp_min(sizes.median() / 100)
+    torch.testing.assert_close(weights, inverse / inverse.mean())
     assert weights.mean() == pytest.approx(1, rel=1e-5)
-    assert weights[:, 0].max() < 1e-3 * weights.median()
+    assert torch.cat([weights[:, 0], weights[1, 4:5]]).max() < 1e-3 * weights.median()
 
 
 def test_the_quantiles_of_hidden_errors_show_what_a_mean_hides():

@@ -96,7 +96,7 @@ class Engine:
         block = self._block(layer, self.parent_config, weights)
         targets = self._keep("targets", self._targets(block, parent_hidden, child_hidden))
         inputs = self._keep("inputs", map(block.attention_input, child_hidden.split(BATCH)))
-        token_weight = token_weights(parent_hidden)
+        token_weight = token_weights(parent_hidden, child_hidden)
         moment = second_moment(inputs, biased=parent.k.shape[-1] > inputs.shape[-1])
         child, groups = self._merge(parent, moment, generator, ordered=shape.alibi)
         report: dict[str, Any] = {"layer": layer, "groups": groups}
