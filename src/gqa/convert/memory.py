@@ -118,9 +118,16 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None, device: str = "cpu
             "the conversion does not fit the memory it may take",
             got=format_bytes(budget_bytes),
             allowed=f"about {format_bytes(least)} or more",
-            hint=None if not job.recipe.all_windows else "a shorter --window, or mean, which takes little",
+            hint=_smaller(job, least),
         )
     return bool(job.recipe.all_windows) and not job.pooled
+
+
+def _smaller(job: Job, least: int) -> str | None:
+    """Which arguments take less memory than `least`, the peak of this job."""
+    if job.distills and least <= _WITH_BLOCKS_BYTES + distill_bytes(job):
+        return "a smaller --distill-batch or --distill-window, or no --distill"
+    return "a shorter --window, or mean, which takes little" if job.recipe.all_windows else None
 
 
 def available_bytes(device: str = "cpu") -> int | None:
