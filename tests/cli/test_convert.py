@@ -11,24 +11,15 @@ import pytest
 import torch
 from helpers.checkpoints import folder_hashes, tiny_config, write_checkpoint
 from helpers.talker import talker, word_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from helpers.tokenized import WORDS, write_tokenized
 
 from gqa.cli.main import main
-
-WORDS = "a mean of heads is not a head that means to be\n"
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
     """A tiny model folder with a tokenizer. Tests convert it and never write to it."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "parent", tiny_config(), shards=2)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False)
-    tokenizer.train_from_iterator([WORDS], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
+    return write_tokenized(tmp_path_factory.mktemp("model") / "parent", shards=2)
 
 
 @pytest.fixture(autouse=True)

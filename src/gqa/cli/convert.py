@@ -42,6 +42,8 @@ _BASIS = {
     "output_error": "measured",
     "closed_form_error": "measured",
     "hidden_error": "measured",
+    "hidden_error_median": "measured",
+    "hidden_error_p90": "measured",
     "perplexity": "measured",
     "perplexity_parent": "measured",
     "loss_above_parent_nats": "measured",
@@ -287,6 +289,8 @@ def _count(text: str) -> int:
 
 
 def _advise(recipe: Recipe, job: Job) -> None:
+    if job.exact and recipe.distill_tokens:
+        output.note("note: the result computes what its parent computes; --distill has nothing to train")
     if job.identity:
         output.note("note: the parent has that many KV heads already; every tensor is copied")
     elif job.repeats:

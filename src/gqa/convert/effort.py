@@ -55,9 +55,11 @@ def distill_flops(job: Job) -> float:
     numbers = sum(math.prod(job.checkpoint.entry(name).shape) for name in job.checkpoint.names)
     rows = job.checkpoint.shape(job.layout.embedding)
     multiplied = numbers - (0 if shape.tied_embeddings else math.prod(rows))
+    trained = trained_numbers(job)
+    child = multiplied - sum(math.prod(one.shape) for layer in job.changes for one in job.attention(layer)) + trained
     core = sum(4 * layer.query_heads * recipe.distill_window * layer.head_dim for layer in shape.layers) / 2
     tokens = recipe.distill_windows * recipe.distill_window
-    return tokens * (2 * multiplied * 3 + 2 * trained_numbers(job) + core * 4.5)
+    return tokens * (2 * multiplied + 4 * child + 2 * trained + core * 4.5)
 
 
 def _layer_flops(job: Job, layer: int) -> tuple[float, float]:

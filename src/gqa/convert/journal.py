@@ -239,5 +239,6 @@ def _differences(there: Any, here: Any, path: str = "") -> list[str]:
     if there == here:
         return []
     if path.startswith("recipe "):
-        return [f"{path.removeprefix('recipe ').replace('_', ' ')} {there} there, {here} here"]
+        before, now = ("not set" if value is None else value for value in (there, here))
+        return [f"{path.removeprefix('recipe ').replace('_', ' ')} {before} there, {now} here"]
     return [f"another {path.replace('_', ' ')}"]

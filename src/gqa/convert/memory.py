@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 _LIBRARIES_BYTES = 320 << 20
 _WITH_BLOCKS_BYTES = 600 << 20
 
-# Two pieces of logits of 64 MiB, with logarithms, exponentials and gradients.
-_LOGITS_BYTES = 8 * (64 << 20)
+# Logits of one piece of a distillation's predictions, and how many tensors of that size lie in memory: parent's and
+# child's, with logarithms, exponentials and gradients.
+_PIECE_BYTES, _PIECES = 64 << 20, 8
 
 # States before a block and after it, parent's and child's, and the attention's inputs and targets.
 _STATES = 6
@@ -38,7 +39,8 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     and what the closed forms make of it. Calibrated: also B + A of float32 (a block of the parent, and the child's
     attention), 4 d^2 of float64 (the covariance and its roots), and about ten numbers per token and hidden dimension:
     of all n tokens, or, streamed, of a batch. Refitting scores holds, for some of the tokens, one group's
-    scores and attention and six times its queries. Refining adds gradients and momenta for one attention.
+    scores and attention and six times its queries. Refining adds gradients and momenta for one attention. A
+    distillation runs after all that (`distill_bytes`).
     """
     if job.identity:
         return _LIBRARIES_BYTES
@@ -47,8 +49,9 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
         return _LIBRARIES_BYTES + 2 * max(sum(entry.nbytes for entry in some) for some in entries.values())
     attention = max(sum(math.prod(entry.shape) for entry in some) for some in entries.values())
     peak = 5 * attention * 8
+    training = _WITH_BLOCKS_BYTES + distill_bytes(job) if job.distills else 0
     if not job.recipe.all_windows:
-        return _LIBRARIES_BYTES + peak
+        return max(_LIBRARIES_BYTES + peak, training)
     recipe, d = job.recipe, job.parent.hidden
     tokens = recipe.all_windows * recipe.window
     batch = min(tokens, BATCH * recipe.window)
@@ -65,22 +68,22 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     first = embedding.nbytes + math.prod(embedding.shape) * 4 + tokens * d * 4
     if recipe.measure_tokens:  # the head, and the logits of one window with what the loss makes of them
         first += recipe.window * job.checkpoint.shape(job.layout.embedding)[0] * 4 * 3
-    return _WITH_BLOCKS_BYTES + max(peak, first, distill_bytes(job) if job.distills else 0)
+    return max(_WITH_BLOCKS_BYTES + max(peak, first), training)
 
 
 def distill_bytes(job: Job) -> int:
     """What a distillation holds beside the libraries: every weight of the parent once, in the dtype that products run
     in; the child's attentions in float32, each with gradient and two moments; the activations of one step, about
-    (14 d + 5 I) numbers of the products' dtype and 4 d of float32 per token and layer, I the width of the MLP; and two
-    pieces of logits with what the loss makes of them.
+    (4 d + 3 I) numbers of the products' dtype and 11 d of float32 per token and layer, I the width of the MLP; and
+    eight tensors of a piece of logits.
     """
     recipe, width = job.recipe, 2 if job.recipe.distill_precision == "bf16" else 4
     numbers = sum(math.prod(job.checkpoint.entry(name).shape) for name in job.checkpoint.names)
-    d, widest = job.parent.hidden, max(job.parent.intermediate or 0, 4 * job.parent.hidden)
+    d, wide = job.parent.hidden, job.parent.intermediate or 4 * job.parent.hidden
     tokens = recipe.distill_batch * recipe.distill_window
-    per_layer = tokens * ((14 * d + 5 * widest) * width + 4 * d * 4)
-    activations = len(job.parent.layers) * per_layer
-    return numbers * width + 16 * trained_numbers(job) + activations + _LOGITS_BYTES
+    activations = len(job.parent.layers) * tokens * ((4 * d + 3 * wide) * width + 11 * d * 4)
+    piece = min(_PIECE_BYTES, tokens * job.checkpoint.shape(job.layout.embedding)[0] * 4)
+    return numbers * width + 16 * trained_numbers(job) + activations + _PIECES * piece
 
 
 def trained_numbers(job: Job) -> int:
@@ -118,9 +121,16 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None, device: str = "cpu
             "the conversion does not fit the memory it may take",
             got=format_bytes(budget_bytes),
             allowed=f"about {format_bytes(least)} or more",
-            hint=None if not job.recipe.all_windows else "a shorter --window, or mean, which takes little",
+            hint=_smaller(job, least),
         )
     return bool(job.recipe.all_windows) and not job.pooled
+
+
+def _smaller(job: Job, least: int) -> str | None:
+    """Which arguments take less memory than `least`, the peak of this job."""
+    if job.distills and least <= _WITH_BLOCKS_BYTES + distill_bytes(job):
+        return "a smaller --distill-batch or --distill-window, or no --distill"
+    return "a shorter --window, or mean, which takes little" if job.recipe.all_windows else None
 
 
 def available_bytes(device: str = "cpu") -> int | None:

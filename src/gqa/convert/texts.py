@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gqa.convert.recipe import Recipe
+from gqa.errors import GqaError
 
 # (how many blocks, tokens of each) -> at most so many blocks of token ids (N, L), in a random order
 Cut = Callable[[int, int], np.ndarray]
@@ -41,6 +42,7 @@ def conversion_text(sources: Sequence[Cut], recipe: Recipe) -> ConversionText:
 
     A block is a whole number of windows of either kind. Where the sources are too short, fits and measurement get
     fewer windows, and the distillation reads its text again, each time in another order.
+    Raises GqaError for a text that is shorter than one batch of the distillation.
     """
     block = math.lcm(recipe.window, recipe.distill_window) if recipe.distill_tokens else recipe.window
     fitted = -(-recipe.windows * recipe.window // block)
@@ -51,8 +53,10 @@ def conversion_text(sources: Sequence[Cut], recipe: Recipe) -> ConversionText:
     cut = [source(each, block) for source in sources]
     turns = itertools.zip_longest(*cut)
     blocks = np.stack([one for turn in turns for one in turn if one is not None][:wanted])
-    if len(blocks) < fitted + measured:
-        spare = len(blocks) if not fitted else len(blocks) // _FEWEST_FITTED
+    batch = -(-recipe.distill_batch * recipe.distill_window // block) if distilled else 0
+    least = max(fitted, batch)
+    if len(blocks) < least + measured:
+        spare = len(blocks) // _FEWEST_FITTED if least else len(blocks)
         measured = min(measured, spare)
         fitted = len(blocks) - measured
     fit, measure = (_pieces(some, recipe.window) for some in (blocks[:fitted], blocks[fitted : fitted + measured]))
@@ -62,6 +66,13 @@ def conversion_text(sources: Sequence[Cut], recipe: Recipe) -> ConversionText:
     windows, distill, rounds = np.concatenate([fit, measure]), None, 0.0
     if recipe.distill_tokens:
         rest = _pieces(np.concatenate([blocks[:fitted], blocks[fitted + measured :]]), recipe.distill_window)
+        if len(rest) < recipe.distill_batch:
+            raise GqaError(
+                "the text is shorter than one batch of the distillation",
+                got=f"{len(rest)} windows of {recipe.distill_window} tokens",
+                allowed=f"{recipe.distill_batch} windows or more, beside those of the measurement",
+                hint="give more text, or a smaller --distill-batch or --distill-window",
+            )
         random = np.random.default_rng(recipe.seed)
         rounds = recipe.distill_windows / len(rest)
         order = np.concatenate([random.permutation(len(rest)) for _ in range(math.ceil(rounds))])

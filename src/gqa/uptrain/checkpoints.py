@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from gqa.errors import GqaError, TrainingError
 from gqa.record import write_text_atomic
 from gqa.uptrain.processes import Processes
+from gqa.weights.header import read_header
 from gqa.weights.writer import sync_folder
 
 _TRACE = "gqa_trace.json"  # what a run remembers beside tensors; written last, so that what has it is complete
@@ -75,8 +77,11 @@ def save(
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: Processes) -> dict[str, Any]:
     """Read a checkpoint into a model and its new optimizer, whatever number of processes wrote it; returns the trace,
-    with the number of `step`s done."""
-    trace = json.loads((path / _TRACE).read_text(encoding="utf-8"))
+    with the number of `step`s done.
+
+    Raises TrainingError, which names the file, for a checkpoint that was damaged after it was written.
+    """
+    trace = _read_trace(path)
     reader = HuggingFaceStorageReader(str(path))
     stored = reader.read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
@@ -89,6 +94,27 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, w
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load_shards(_tensors(model, optimizer), storage_reader=reader, no_dist=world.count == 1)
     return trace
+
+
+def _read_trace(path: Path) -> dict[str, Any]:
+    """The trace of a checkpoint, all of whose files are whole as far as their sizes show."""
+    file = path / _TRACE
+    try:
+        trace = json.loads(file.read_text(encoding="utf-8"))
+        weights = sorted(path.glob("*.safetensors"))
+        for file in weights:
+            read_header(file)
+        if not weights:
+            raise GqaError("no weights beside it")
+        return trace
+    except (OSError, ValueError) as error:
+        wrong = error.what if isinstance(error, GqaError) else str(error)
+        raise TrainingError(
+            "a checkpoint of the training is damaged",
+            got=f"{file}: {wrong}",
+            hint=f"rm -r {path}  and repeat the command: it resumes from the checkpoint before, or starts the training"
+            " again",
+        ) from None
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
