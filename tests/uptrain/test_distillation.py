@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers.checkpoints import VOCAB, folder_hashes, tiny_config, tiny_source
 
+from gqa.convert.job import plan_conversion
+from gqa.convert.memory import distill_bytes, recomputes_activations
 from gqa.convert.recipe import make_recipe
 from gqa.convert.run import convert
 from gqa.errors import GqaError, TrainingError
@@ -142,3 +144,17 @@ def test_windows_of_another_size_are_refused(source, tmp_path):
 def test_fewer_tokens_than_a_step_are_refused():
     with pytest.raises(GqaError, match="fewer tokens than one step"):
         make_recipe(2, distill_tokens=100)
+
+
+def test_activations_are_made_again_where_memory_is_short(source, tmp_path, monkeypatch):
+    job = plan_conversion(source, RECIPE)
+    most, least = distill_bytes(job), distill_bytes(job, recompute=True)
+    assert least < most
+    assert not recomputes_activations(job, 2**40)
+    assert recomputes_activations(job, most)  # without room for the libraries
+    plain = run(source, tmp_path / "plain")
+    monkeypatch.setattr("gqa.convert.run.recomputes_activations", lambda *_: True)
+    again = run(source, tmp_path / "again")
+    assert again["distillation"]["final_kl_to_parent_nats"] == pytest.approx(
+        plain["distillation"]["final_kl_to_parent_nats"], rel=1e-3
+    )

@@ -33,7 +33,8 @@ _STATES = 6
 
 
 def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
-    """An estimate of the process's peak; streamed: with the calibration activations in files.
+    """An estimate of the process's peak; streamed: with the calibration activations in files, and
+    those of a distillation made again in its backward pass.
 
     Pooling: two layers' attention as it is stored. Data-free: 5 A numbers of float64, parent's and child's attention
     and what the closed forms make of it. Calibrated: also B + A of float32 (a block of the parent, and the child's
@@ -49,7 +50,7 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
         return _LIBRARIES_BYTES + 2 * max(sum(entry.nbytes for entry in some) for some in entries.values())
     attention = max(sum(math.prod(entry.shape) for entry in some) for some in entries.values())
     peak = 5 * attention * 8
-    training = _WITH_BLOCKS_BYTES + distill_bytes(job) if job.distills else 0
+    training = _WITH_BLOCKS_BYTES + distill_bytes(job, recompute=streamed) if job.distills else 0
     if not job.recipe.all_windows:
         return max(_LIBRARIES_BYTES + peak, training)
     recipe, d = job.recipe, job.parent.hidden
@@ -71,19 +72,28 @@ def peak_memory_bytes(job: Job, *, streamed: bool) -> int:
     return max(_WITH_BLOCKS_BYTES + max(peak, first), training)
 
 
-def distill_bytes(job: Job) -> int:
+def distill_bytes(job: Job, *, recompute: bool = False) -> int:
     """What a distillation holds beside the libraries: every weight of the parent once, in the dtype that products run
     in; the child's attentions in float32, each with gradient and two moments; the activations of one step, about
     (4 d + 3 I) numbers of the products' dtype and 11 d of float32 per token and layer, I the width of the MLP; and
-    eight tensors of a piece of logits.
+    eight tensors of a piece of logits. recompute: the backward pass makes the activations of one layer after another
+    again, from the hidden states before each.
     """
     recipe, width = job.recipe, 2 if job.recipe.distill_precision == "bf16" else 4
     numbers = sum(math.prod(job.checkpoint.entry(name).shape) for name in job.checkpoint.names)
     d, wide = job.parent.hidden, job.parent.intermediate or 4 * job.parent.hidden
     tokens = recipe.distill_batch * recipe.distill_window
-    activations = len(job.parent.layers) * tokens * ((4 * d + 3 * wide) * width + 11 * d * 4)
+    layers, of_layer = len(job.parent.layers), tokens * ((4 * d + 3 * wide) * width + 11 * d * 4)
+    activations = of_layer + layers * tokens * d * 4 if recompute else layers * of_layer
     piece = min(_PIECE_BYTES, tokens * job.checkpoint.shape(job.layout.embedding)[0] * 4)
     return numbers * width + 16 * trained_numbers(job) + activations + _PIECES * piece
+
+
+def recomputes_activations(job: Job, budget_bytes: int | None, device: str = "cpu") -> bool:
+    """Whether a distillation makes activations again to stay within a budget of the device's memory (None: what is free
+    there, as far as that can be told)."""
+    limit = available_bytes(device) if budget_bytes is None else budget_bytes
+    return job.distills and limit is not None and _WITH_BLOCKS_BYTES + distill_bytes(job) > limit
 
 
 def trained_numbers(job: Job) -> int:
@@ -128,7 +138,7 @@ def keeps_states_in_files(job: Job, budget_bytes: int | None, device: str = "cpu
 
 def _smaller(job: Job, least: int) -> str | None:
     """Which arguments take less memory than `least`, the peak of this job."""
-    if job.distills and least <= _WITH_BLOCKS_BYTES + distill_bytes(job):
+    if job.distills and least <= _WITH_BLOCKS_BYTES + distill_bytes(job, recompute=True):
         return "a smaller --distill-batch or --distill-window, or no --distill"
     return "a shorter --window, or mean, which takes little" if job.recipe.all_windows else None
 

@@ -21,7 +21,12 @@ from gqa.convert.calibrate import hidden_errors
 from gqa.convert.engine import Engine
 from gqa.convert.job import Job, plan_conversion
 from gqa.convert.journal import Journal, locked, work_folder
-from gqa.convert.memory import keeps_states_in_files, states_bytes, training_disk_bytes
+from gqa.convert.memory import (
+    keeps_states_in_files,
+    recomputes_activations,
+    states_bytes,
+    training_disk_bytes,
+)
 from gqa.convert.pool import pooled_reports
 from gqa.convert.recipe import Recipe
 from gqa.convert.result import (
@@ -81,7 +86,9 @@ def convert(
     check_device(device)
     job = plan_conversion(source, recipe)
     windows = _checked_windows(job, windows)
-    distillation = _distillation(job, distill, distill_windows)
+    distillation = _distillation(
+        job, distill, distill_windows, recompute=recomputes_activations(job, memory_bytes, device)
+    )
     if budget is not None and not recipe.measure_tokens:
         raise GqaError("a budget of loss is measured on text, and there is none", hint="--calibrate FILE, --measure 8k")
     _refuse_out_in_source(out, job.folder)
@@ -117,7 +124,8 @@ class Distill(Protocol):
     """Trains all attentions of a child together, from those of `attention` on.
 
     attention: the child's changed tensors by their names in the checkpoint; folder: for checkpoints, from which it
-    goes on when it is called again. Returns the trained tensors under the same names, and a report of the training.
+    goes on when it is called again; recompute: makes activations again in the backward pass, which takes less memory
+    and more time. Returns the trained tensors under the same names, and a report of the training.
     """
 
     def __call__(
@@ -127,6 +135,7 @@ class Distill(Protocol):
         windows: np.ndarray,
         folder: Path,
         *,
+        recompute: bool,
         device: str,
         progress: Progress,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
@@ -144,6 +153,7 @@ class CompareAnswers(Protocol):
 class _Distillation:
     distill: Distill
     windows: np.ndarray
+    recompute: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +290,13 @@ def _distill(
         layers = {layer: read_header(journal.layer_path(layer)) for layer in job.changes}
         attention = {name: read_tensor(file, name) for file in layers.values() for name in file.tensors}
         trained, report = distillation.distill(
-            job, attention, distillation.windows, journal.training, device=calibration.device, progress=progress
+            job,
+            attention,
+            distillation.windows,
+            journal.training,
+            recompute=distillation.recompute,
+            device=calibration.device,
+            progress=progress,
         )
         for layer, entries in job.changes.items():
             some = {entry.name: as_stored(job, entry.name, trained[entry.name]) for entry in entries}
@@ -309,7 +325,9 @@ def _measure_again(
     return engine.measure(), errors
 
 
-def _distillation(job: Job, distill: Distill | None, windows: np.ndarray | None) -> _Distillation | None:
+def _distillation(
+    job: Job, distill: Distill | None, windows: np.ndarray | None, *, recompute: bool
+) -> _Distillation | None:
     """What trains and its text, as the recipe says, or GqaError."""
     if not job.distills:
         return None
@@ -319,7 +337,7 @@ def _distillation(job: Job, distill: Distill | None, windows: np.ndarray | None)
     if windows is None or windows.ndim != 2 or len(windows) < shape[0] or windows.shape[1] != shape[1]:
         got = "none" if windows is None else f"an array of shape {windows.shape}"
         raise GqaError("the windows of the distillation do not match the recipe", got=got, allowed=f"{shape}")
-    return _Distillation(distill, _checked_ids(job, windows[: shape[0]]))
+    return _Distillation(distill, _checked_ids(job, windows[: shape[0]]), recompute)
 
 
 def _checked_windows(job: Job, windows: np.ndarray | None) -> np.ndarray | None:

@@ -30,9 +30,9 @@ def distill_attentions(
     windows: np.ndarray,
     folder: Path,
     *,
+    recompute: bool = False,
     device: str = "cpu",
     progress: Progress = silent,
-    gradient_checkpointing: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train the attentions of `job`'s child from `attention` on, over windows (N, T) in their order; everything else
     is the parent's, frozen, and in memory once.
@@ -41,6 +41,7 @@ def distill_attentions(
     KL(parent || child), the mean over predicted tokens. AdamW (betas 0.9 and 0.95, no weight decay, gradients clipped
     to a norm of 1), a tenth of the steps as linear warm-up, then a cosine to zero; `job.recipe` has batch, rate and
     precision. folder: checkpoints; called again after a kill, it goes on from the last one to the same bits.
+    recompute: activations are made again in the backward pass, which takes less memory and a forward pass more.
 
     Returns the trained tensors (float32) by the same names, and `steps`, `tokens` and `final_kl_to_parent_nats`: the
     mean of the last ten steps, each measured before it was taken.
@@ -52,7 +53,7 @@ def distill_attentions(
         batch=recipe.distill_batch,
         learning_rate=recipe.distill_learning_rate,
         seed=recipe.seed,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=recompute,
     )
     trunk = SharedTrunk(
         job.checkpoint,
@@ -62,7 +63,7 @@ def distill_attentions(
         attention,
         half=recipe.distill_precision == "bf16",
         device=device,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=recompute,
     )
     loop = Loop(
         trunk, TrainingText.of(windows), settings, folder, Processes(), progress, weight_decay=0.0, stage="distill"
