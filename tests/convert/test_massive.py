@@ -55,7 +55,7 @@ def check_the_model(parent):
     assert attention[..., T // 2 :, 0].mean() > 3 * equal
 
 
-def test_weights_are_the_inverse_squares_of_lengths_and_errors_with_a_mean_of_one():
+def test_tokens_of_usual_length_count_the_same_and_others_by_the_inverse_square():
     hidden = torch.randn(3, 8, 4)
     hidden[:, 0] *= 1000
     hidden[0, 5] = 0
@@ -63,10 +63,13 @@ def test_weights_are_the_inverse_squares_of_lengths_and_errors_with_a_mean_of_on
     child[1, 4] += 1000  # massive in the child alone
     weights = token_weights(hidden, child)
     sizes = hidden.square().sum(-1) + (child - hidden).square().sum(-1)
-    inverse = 1 / sizes.clamp_min(sizes.median() / 100)
+    inverse = 1 / sizes.clamp_min(4 * sizes.median())
     torch.testing.assert_close(weights, inverse / inverse.mean())
     assert weights.mean() == pytest.approx(1, rel=1e-5)
     assert torch.cat([weights[:, 0], weights[1, 4:5]]).max() < 1e-3 * weights.median()
+    usual = sizes < 4 * sizes.median()
+    assert usual.sum() > usual.numel() / 2
+    assert weights[usual].unique().numel() == 1
 
 
 def test_the_quantiles_of_hidden_errors_show_what_a_mean_hides():

@@ -261,13 +261,14 @@ def hidden_errors(parent: States, child: States) -> dict[str, float]:
 
 
 def token_weights(parent: States, child: States) -> Tensor:
-    """What each token's squared error counts in a fit, (N, T) in float32 with a mean of 1: 1 / (|h|^2 + |h' - h|^2),
-    with h (N, T, d) the parent's hidden states before the layer and h' the child's.
+    """What each token's squared error counts in a fit, (N, T) in float32 with a mean of 1: 1 / max(s, 4 median(s)) with
+    s = |h|^2 + |h' - h|^2, h (N, T, d) the parent's hidden states before the layer and h' the child's.
 
     Some models give a few tokens, most often the first of a window, hidden states hundreds of times larger than all
     others' (massive activations: Sun et al. 2024, arXiv 2402.17762). A plain sum of squares belongs to those tokens,
     and to tokens that an error before this layer has made massive in the child alone; a fit to them spoils all others.
-    A hidden state below a tenth of the median length counts as one of that length.
+    Tokens up to twice the median length count the same: weights of 1 / s for all of them cost SmolLM2 a tenth of its
+    loss (docs/LOG.md).
     """
     sizes = torch.cat(
         [
@@ -275,7 +276,7 @@ def token_weights(parent: States, child: States) -> Tensor:
             for before, own in zip(parent.split(BATCH), child.split(BATCH), strict=True)
         ]
     )
-    weights = 1 / sizes.clamp_min(1e-2 * float(sizes.median())).clamp_min(1e-30)
+    weights = 1 / sizes.clamp_min(4 * float(sizes.median())).clamp_min(1e-30)
     return weights / weights.mean()
 
 
