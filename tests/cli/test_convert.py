@@ -147,7 +147,7 @@ def test_distilled_on_text_that_the_parent_writes(writer, monkeypatch, tmp_path)
     assert "was converted already" in out
     assert folder_hashes(tmp_path / "out") == before
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "512 tokens in 8 steps" in card
+    assert "512 tokens in 16 steps" in card
     assert "greedy answers to 3 prompts" in card
 
 

@@ -133,7 +133,7 @@ def interrupted(monkeypatch, parent, step, *arguments):
     ("change", "said"),
     [
         (("--distill", 256), "distill tokens 128 there, 256 here"),
-        (("--distill-rate", 0.001), "distill learning rate 0.0006 there, 0.001 here"),
+        (("--distill-rate", 0.001), "distill learning rate 0.0005 there, 0.001 here"),
         (("--distill-batch", 4), "distill batch 2 there, 4 here"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
