@@ -51,8 +51,8 @@ def loops(monkeypatch):
     made = []
 
     class Watched(Loop):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options: Any):
+            super().__init__(*arguments, **options)
             made.append(self)
             self.most = 0
             self.model.register_forward_pre_hook(self._note, with_kwargs=True)
