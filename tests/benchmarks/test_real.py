@@ -36,7 +36,7 @@ def place(tmp_path_factory):
     """A parent with a chat template, pages of a book in two languages, questions."""
     folder = tmp_path_factory.mktemp("real")
     trained, corpus = small_parent(folder)
-    parent = shutil.copytree(trained, folder / "parent")
+    parent = shutil.copytree(trained, folder / "chatty")
     config = json.loads((parent / "config.json").read_text())
     (parent / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     (parent / "chat_template.jinja").write_text(TEMPLATE)
@@ -66,7 +66,7 @@ def run(real, place, monkeypatch, tmp_path):
         " --windows 32:3 --recall 64:1 --prompts 2 --answer-tokens 4 --diagnosis-windows 2"
     )
     monkeypatch.setattr(sys.modules["real_models"], "run", in_this_process(sys.modules["real_models"].run))
-    given = ["--model", str(folder / "parent"), "--handbook", str(folder / "html"), *asked.split()]
+    given = ["--model", str(folder / "chatty"), "--handbook", str(folder / "html"), *asked.split()]
     given += ["--questions", str(folder / "questions.jsonl"), "--manifest", str(tmp_path / "texts.json")]
     given += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "record.json")]
     return lambda *more: real.main([*given, *more])
@@ -209,7 +209,7 @@ def test_shared_heads_with_every_group_of_one_are_the_parents(real, place):
     from gqa.weights.layout import load_layout
     from gqa.weights.reader import Checkpoint
 
-    folder = place[0] / "parent"
+    folder = place[0] / "chatty"
     config = open_checkpoint(str(folder)).config
     shape, layout = parse_config(config, "parent"), load_layout("llama", config)
     own = heads.split(layout.read_attention(Checkpoint(folder), 0), shape.layers[0], layout)
