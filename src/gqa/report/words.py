@@ -81,7 +81,7 @@ def quality_title(study: Study) -> str:
         return "Perplexity against KV heads"
     ending = f", mean pooling at {significant(mean)}" if mean is not None and best[1] != "mean" else ""
     return (
-        f"At {heads(fewest)}, before any training, {method_name(best[1])} is at a perplexity of "
+        f"At {heads(fewest)}, right after conversion, {method_name(best[1])} is at a perplexity of "
         f"{significant(best[0])}{ending}"
     )
 
