@@ -64,7 +64,7 @@ _PLAN_BASIS: dict[str, str] = dict.fromkeys(
 
 _EXAMPLES = """
 gqa convert ./my-mha-model ./my-gqa-model --kv-heads 8 --calibrate corpus.txt
-gqa convert ./my-mha-model ./my-mqa-model --kv-heads 1 --calibrate corpus.txt --refine 32k
+gqa convert ./my-mha-model ./my-mqa-model --kv-heads 1 --calibrate corpus.txt --calibrate self --distill 1M
 gqa convert ./my-mha-model ./my-gqa-model --kv-heads auto --budget 2% --calibrate corpus.txt
 gqa convert huggyllama/llama-7b ./llama-7b-4 --kv-heads 4 --method mean --dry-run
 gqa convert --verify ./my-mha-model ./my-gqa-model
@@ -184,9 +184,9 @@ def command(
     MODEL is a model folder, a GGUF file, the preset smollm2-135m or a hub id.
     GGUF weights are dequantised to bf16 first, once, and kept in the cache folder ($GQA_CACHE, or ~/.cache/gqa).
 
-    svd, the default, keeps the best shared subspace of each group of heads; with --calibrate it weighs every error
-    by what the text makes of it, and --refine takes back most of what is then left. mean, first and random are the
-    published baselines. A run that was stopped goes on when the same command is given again.
+    svd, the default, keeps the best shared subspace of each group of heads. With --calibrate every error is weighted
+    by what the text makes of it, and --distill trains all attentions together towards the parent's predictions. mean,
+    first and random are the published baselines. A run that was stopped resumes when the same command is given again.
     """
     from gqa.config import parse_config
     from gqa.convert.auto import candidates
