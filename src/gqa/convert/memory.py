@@ -91,7 +91,7 @@ def distill_bytes(job: Job, *, recompute: bool = False) -> int:
 
 def recomputes_activations(job: Job, budget_bytes: int | None, device: str = "cpu") -> bool:
     """Whether a distillation makes activations again to stay within a budget of the device's memory (None: what is free
-    there, as far as that can be told)."""
+    there, where the system reports it)."""
     limit = available_bytes(device) if budget_bytes is None else budget_bytes
     return job.distills and limit is not None and _WITH_BLOCKS_BYTES + distill_bytes(job) > limit
 
@@ -118,7 +118,7 @@ def states_bytes(job: Job) -> int:
 
 def keeps_states_in_files(job: Job, budget_bytes: int | None, device: str = "cpu") -> bool:
     """Whether the calibration activations go to files, so that the conversion stays within a budget of the device's
-    memory (None: what is free there, as far as that can be told).
+    memory (None: what is free there, where the system reports it).
 
     Raises GqaError if a budget that was given is too small even so.
     """

@@ -49,11 +49,9 @@ def distill_attentions(
     """
     recipe = job.recipe
     settings = Settings(
-        distill_weight=1.0,
         batch=recipe.distill_batch,
         learning_rate=recipe.distill_learning_rate,
         seed=recipe.seed,
-        gradient_checkpointing=recompute,
     )
     trunk = SharedTrunk(
         job.checkpoint,

@@ -157,8 +157,8 @@ class Loop:
                 self.trace["seconds"] = time.perf_counter() - began
                 save(self.folder, step, self.model, self.optimizer, self.trace, self.world)
                 last = self.folder / f"checkpoint-{step}"
-            told = f"cross-entropy {entropy:.3f}" + ("" if kl is None else f", KL {kl:.4f}")
-            self.progress(self.stage, step, self.steps, told)
+            figures = f"cross-entropy {entropy:.3f}" + ("" if kl is None else f", KL {kl:.4f}")
+            self.progress(self.stage, step, self.steps, figures)
         board.close()
         return self.trace
 
